@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# %% ../../nbs/engine/checkpoint.ipynb #cd378721
+# %% ../../nbs/engine/checkpoint.ipynb #bf9511af
 def save(path: str | Path, state: dict) -> Path:
     "Write a dict of tensors and plain values; the old file stays until the new one is whole on the disk."
     path = Path(path)
@@ -24,8 +24,9 @@ def save(path: str | Path, state: dict) -> Path:
     os.replace(part, path)
     return path
 
+# %% ../../nbs/engine/checkpoint.ipynb #477157ff
 def load(path: str | Path, map_location="cpu") -> dict:
-    "Read what `save` wrote: tensors and plain values only, no code is run. FileNotFoundError or ValueError that names the file."
+    "Read what `save` wrote: tensors and plain values only. FileNotFoundError or ValueError, each with the file's name."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")

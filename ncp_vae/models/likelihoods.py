@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
-# %% ../../nbs/models/likelihoods.ipynb #c9b14252
+# %% ../../nbs/models/likelihoods.ipynb #a1781586
 def bernoulli(logits: Tensor) -> Independent:
     "Binary pixels: batch [B], event logits.shape[1:]. Score images of zeros and ones only (binarise first)."
     return Independent(Bernoulli(logits=logits, validate_args=False), logits.dim() - 1, validate_args=False)
 
+# %% ../../nbs/models/likelihoods.ipynb #88652084
 def normal(mean: Tensor, sigma: float | Tensor) -> Independent:
     "Real pixels around `mean` with standard deviation `sigma`: batch [B], event mean.shape[1:]. Its log_prob is a density."
     scale = torch.as_tensor(sigma, dtype=mean.dtype, device=mean.device).expand_as(mean)

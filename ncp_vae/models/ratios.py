@@ -13,28 +13,30 @@ from torch import Tensor, nn
 
 from ..nce import RatioEstimator
 
-# %% ../../nbs/models/ratios.ipynb #15932823
+# %% ../../nbs/models/ratios.ipynb #f085e171
 class MLPRatio(RatioEstimator):
     """log r(z, c) by a multilayer perceptron on the flattened latent and, where there is one, context.
 
-    The first layer is W_z z + W_c c + b, so the context's half is computed once, in `condition`.
-    latent_shape, context_shape: of one row. hidden: widths. Default: App. I, four layers of 256."""
+    latent_shape, context_shape: of one row. hidden: widths; the default is App. I's, four layers with 256 hidden units.
+    Raises ValueError where a latent's or context's shape is not the one that it was built for."""
 
     def __init__(self, latent_shape, context_shape=None, hidden: Sequence[int] = (256, 256, 256), activation=nn.SiLU):
         super().__init__()
         self.latent_shape = torch.Size([latent_shape] if isinstance(latent_shape, int) else latent_shape)
+        self.context_shape = None if context_shape is None else torch.Size(context_shape)
         self.from_z = nn.Linear(self.latent_shape.numel(), hidden[0])
-        self.from_context = None if context_shape is None else nn.Linear(torch.Size(context_shape).numel(), hidden[0], bias=False)
+        if self.context_shape is not None:
+            self.from_context = nn.Linear(self.context_shape.numel(), hidden[0], bias=False)
         layers = [activation()]
-        for width, after in zip(hidden, [*hidden[1:], 1]):
+        for width, after in zip(hidden[:-1], hidden[1:]):
             layers += [nn.Linear(width, after), activation()]
-        self.rest = nn.Sequential(*layers[:-1])
+        self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def condition(self, context: Tensor | None):
-        if (context is None) != (self.from_context is None):
-            raise ValueError(f"MLPRatio built {'with' if self.from_context else 'without'} a context was given "
-                             f"{'none' if context is None else 'one'}")
-        offset = 0.0 if context is None else self.from_context(context.flatten(1))
+        found = None if context is None else context.shape[1:]
+        if found != self.context_shape:
+            raise ValueError(f"MLPRatio was built for a context of shape {self.context_shape}, got {found}")
+        offset = 0.0 if context is None else self.from_context(context.flatten(1))         # [B, hidden]
         def log_ratio(z: Tensor) -> Tensor:
             if z.shape[-len(self.latent_shape):] != self.latent_shape:
                 raise ValueError(f"MLPRatio: latents end in {tuple(self.latent_shape)}, got shape {tuple(z.shape)}")

@@ -1,0 +1,62 @@
+# Everything runs in .venv, which the first target that needs it makes: `make test` on a fresh clone is enough.
+# Needed beforehand: Python 3.10 to 3.13 with its venv module, make, git. PYTHON names the interpreter that .venv is made
+# with; to change it later, remove .venv.
+
+PYTHON ?= python3
+ARGS   ?=
+BIN    := .venv/bin
+READY  := .venv/ready
+NBDEV  := env -u IN_TEST $(BIN)
+DEMO   := $(BIN)/ncp-vae run digits --preset cpu
+
+.PHONY: help demo test docs lab export readme notebook clean
+
+help:
+	@echo 'make demo                      train a small VAE and its noise contrastive prior, compare their samples'
+	@echo 'make test [ARGS="-k walk"]     all tests; they run every notebook'
+	@echo 'make docs                      the site, in _docs/'
+	@echo 'make lab                       JupyterLab in nbs/'
+	@echo 'make export                    nbs/ -> ncp_vae/'
+	@echo 'make readme                    nbs/index.ipynb -> README.md'
+	@echo 'make notebook NB=nbs/x.ipynb   export, run the notebook in place, clean it'
+	@echo 'make clean                     remove what was built; .venv, runs/ and data/ stay'
+
+demo: $(READY)
+	$(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+docs: $(READY)
+	$(BIN)/python docs/build.py
+
+lab: $(READY)
+	$(BIN)/jupyter-lab --ServerApp.root_dir=nbs $(ARGS)
+
+export: $(READY)
+	$(NBDEV)/nbdev_export
+
+readme: $(READY)
+	$(BIN)/python docs/readme.py
+
+notebook: export
+	@test -f '$(NB)' || { echo 'Say which: make notebook NB=nbs/theory/01_walk.ipynb'; exit 2; }
+	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
+	    --ExecutePreprocessor.coalesce_streams=True $(NB)
+	$(NBDEV)/nbdev_clean --fname $(NB)
+
+clean:
+	rm -rf _docs _site_src build dist .pytest_cache *.egg-info
+	find nbs ncp_vae tests docs -name __pycache__ -prune -exec rm -rf {} +
+	rm -f $(READY)
+
+$(READY): settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "Python 3.10 to 3.13 is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8'
+	$(BIN)/uv pip install --python $(BIN)/python --editable '.[dev]'
+	@touch $@
