@@ -46,9 +46,8 @@ notebook: export
 	$(NBDEV)/nbdev_clean --fname $(NB)
 
 clean:
-	rm -rf _docs _site_src build dist .pytest_cache *.egg-info
+	rm -rf _docs _site_src build dist .pytest_cache
 	find nbs ncp_vae tests docs -name __pycache__ -prune -exec rm -rf {} +
-	rm -f $(READY)
 
 $(READY): settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \

@@ -1,4 +1,4 @@
-"""The site: notebooks and the API pages are staged in _site_src/, then Sphinx writes _docs/.  Run it: python docs/build.py
+"""The site: notebooks and the API pages are staged in _site_src/, from which Sphinx writes _docs/.  Run it: python docs/build.py
 
 Nothing is executed here: a page shows the outputs that its notebook was committed with."""
 import ast
@@ -13,7 +13,8 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE, SITE = ROOT / "_site_src", ROOT / "_docs"
+WORK, SITE = ROOT / "_site_src", ROOT / "_docs"
+SOURCE = WORK / "pages"
 PARTS = {"theory": "Theory", "models": "Models", "engine": "Engine", "runs": "Experiments"}
 FLOORS = {"theory": ".", "models": "models", "engine": "engine"}      # part -> folder of ncp_vae/ that it exports to
 TEXTS = {"CONTRIBUTING.md": "about/contributing.md", "docs/decisions.md": "about/decisions.md"}
@@ -89,8 +90,7 @@ def write(name, text):
 
 
 def stage():
-    "Write every page of the site below _site_src/."
-    shutil.rmtree(SOURCE, ignore_errors=True)
+    "Write every page of the site."
     homes = {}
     for floor in FLOORS:
         for module, _, names in modules(floor):
@@ -113,7 +113,7 @@ def stage():
         write(page, relink((ROOT / path).read_text(encoding="utf-8"), Path(path).parent, site_target(page)))
     for floor in FLOORS:
         found = list(modules(floor))
-        title = f"{PARTS[floor]} modules"
+        title = ".".join(["ncp_vae", *Path(FLOORS[floor]).parts])
         entries = "\n".join(f"   {module}" for module, _, _ in found)
         write(f"api/{floor}.rst", f"{title}\n{'=' * len(title)}\n\n.. toctree::\n   :maxdepth: 2\n\n{entries}\n")
         for module, origin, _ in found:
@@ -122,12 +122,14 @@ def stage():
 
 
 def build():
-    "Stage, then run Sphinx; a warning is an error."
+    "Stage, run Sphinx, and put the site in its place; a warning is an error."
+    shutil.rmtree(WORK, ignore_errors=True)
     stage()
-    shutil.rmtree(SITE, ignore_errors=True)
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-b", "html", "-c", ROOT / "docs", SOURCE, SITE]
-    code = subprocess.run(command).returncode
+    code = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", ROOT / "docs",
+                           "-d", WORK / "doctrees", SOURCE, WORK / "html"]).returncode
     if code == 0:
+        shutil.rmtree(SITE, ignore_errors=True)
+        shutil.move(WORK / "html", SITE)
         print(f"The site is ready: open {(SITE / 'index.html').as_uri()}")
     return code
 

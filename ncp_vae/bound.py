@@ -38,14 +38,14 @@ def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -
     kl = torch.stack([kl_of(step, z) for step, z in zip(trace.steps, trace.latents)], dim=-1)
     return Elbo(reconstruction - kl.sum(-1), reconstruction, kl)
 
-# %% ../nbs/theory/02_bound.ipynb #4c2824da
+# %% ../nbs/theory/02_bound.ipynb #c2ae21ed
 def iwae(vae: TopDownVAE, x: Tensor, num_samples: int,
          log_ratio: Callable[[list[Tensor]], Tensor] | None = None,
          generator: torch.Generator | None = None) -> Tensor:
     """The importance-weighted bound on log p(x): [B], nats. x: [B, *image].
 
     log_ratio maps the latents to log r(z) - log Z: [B], and moves the bound to the prior r(z) p(z) / Z.
-    Memory does not grow with num_samples: one walk at a time, and a running log-sum-exp.
+    Without gradients memory does not grow with num_samples: one walk at a time, and a running log-sum-exp.
     Raises ValueError where num_samples < 1."""
     if num_samples < 1:
         raise ValueError(f"iwae: num_samples must be at least 1, got {num_samples}")

@@ -45,12 +45,12 @@ def estimate_log_mean(log_w: Tensor) -> Estimate:
     return Estimate(value, std_error, -std_error ** 2 / 2,
                     float(effective_sample_size(log_w, 0)), pareto_k_hat(log_w), size)
 
-# %% ../nbs/theory/06_prior.ipynb #27399047
-def log_sir_weight(log_r: Tensor, log_pool: Tensor, proposals: int) -> Tensor:
+# %% ../nbs/theory/06_prior.ipynb #5a9c6c59
+def log_sir_weight(log_r: Tensor, log_rest: Tensor, proposals: int) -> Tensor:
     """log of r(z) / ((r(z) + R) / M): what SIR with M proposals puts in the place of r(z) / Z, for one pool.
 
-    log_r: log r(z). log_pool: log R, R the sum of r over the M - 1 others. Shapes broadcast; nats; at most log M."""
-    return log(proposals) + logsigmoid(log_r - log_pool)
+    log_r: log r(z). log_rest: log R, R the sum of r over the M - 1 others. Shapes broadcast; nats; at most log M."""
+    return log(proposals) + logsigmoid(log_r - log_rest)
 
 # %% ../nbs/theory/06_prior.ipynb #665dcfdf
 PIECE = 1000    # walks at a time in log_weights: memory does not grow with the number of samples
