@@ -16,7 +16,7 @@ help:
 	@echo 'make test [ARGS="-k walk"]     all tests; they run every notebook'
 	@echo 'make docs                      the site, in _docs/'
 	@echo 'make lab                       JupyterLab in nbs/'
-	@echo 'make export                    nbs/ -> ncp_vae/'
+	@echo 'make export                    nbs/ -> ncp_vae/, and clean the notebooks'
 	@echo 'make readme                    nbs/index.ipynb -> README.md'
 	@echo 'make notebook NB=nbs/x.ipynb   export, run the notebook in place, clean it'
 	@echo 'make clean                     remove what was built; .venv, runs/ and data/ stay'
@@ -35,6 +35,7 @@ lab: $(READY)
 
 export: $(READY)
 	$(NBDEV)/nbdev_export
+	$(NBDEV)/nbdev_clean
 
 readme: $(READY)
 	$(BIN)/python docs/readme.py

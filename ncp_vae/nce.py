@@ -6,28 +6,31 @@
 __all__ = ['nce_loss', 'jsd_from_loss', 'Measured', 'logit_rows', 'mean_of', 'log_mean_ratio', 'Calibration', 'calibration',
            'RatioReport', 'diagnose', 'RatioEstimator', 'StagedRatio']
 
-# %% ../nbs/theory/04_nce.ipynb #a3725490
+# %% ../nbs/theory/04_nce.ipynb #e0cf1034
 from dataclasses import dataclass
-from math import log, pi
+from math import hypot, log, pi
 from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softplus, tanh
+from torch.nn.functional import logsigmoid, softplus
 
-# %% ../nbs/theory/04_nce.ipynb #732fda1c
+# %% ../nbs/theory/04_nce.ipynb #bd3028ce
 def nce_loss(logits_q: Tensor, logits_p: Tensor) -> Tensor:
-    "The paper's L (Eq. 3): the SUM of the two expectations, in nats; 2 log 2 where q = p. Logits of any shape."
+    """The paper's L (Eq. 3): the SUM of the two expectations, in nats; 2 log 2 where q = p.
+
+    Logits of any shape; each side is averaged by itself, so their numbers need not agree."""
     return softplus(-logits_q).mean() + softplus(logits_p).mean()
 
-# %% ../nbs/theory/04_nce.ipynb #8945ace5
+# %% ../nbs/theory/04_nce.ipynb #84e22ce3
 def jsd_from_loss(loss):
-    """Jensen-Shannon divergence at the optimum, log 2 - L/2, in nats (section 5.3). In [0, log 2] for an optimal classifier.
+    """Jensen-Shannon divergence at the optimum, log 2 - L/2, in nats (section 5.3).
 
-    From the held-out loss of any other classifier it is too low on average, and may be negative."""
+    In [0, log 2] for an optimal classifier. From the held-out loss of any other one it is too low on
+    average, and may be negative."""
     return log(2) - loss / 2
 
-# %% ../nbs/theory/04_nce.ipynb #f1d38868
+# %% ../nbs/theory/04_nce.ipynb #d4c0065d
 class Measured(NamedTuple):
     "A mean over draws, or a function of one, and its standard error."
     value: float
@@ -35,22 +38,24 @@ class Measured(NamedTuple):
 
 def logit_rows(logits: Tensor) -> Tensor:
     "The logits flat and in float64: [n]; ValueError where there are fewer than 2, or one is not finite."
-    rows = logits.detach().flatten().double()
-    if len(rows) < 2 or not rows.isfinite().all():
-        raise ValueError(f"at least 2 finite logits are needed, got {len(rows)}, {int((~rows.isfinite()).sum())} not finite")
+    rows = logits.detach().cpu().flatten().double()
+    broken = int((~rows.isfinite()).sum())
+    if len(rows) < 2 or broken:
+        raise ValueError(f"at least 2 finite logits are needed, got {len(rows)}, {broken} of them not finite")
     return rows
 
 def mean_of(values: Tensor) -> Measured:
     "The mean of [n] values and its standard error."
     return Measured(values.mean().item(), values.std().item() / len(values) ** 0.5)
 
-# %% ../nbs/theory/04_nce.ipynb #f4971ad2
+# %% ../nbs/theory/04_nce.ipynb #9825832d
 def log_mean_ratio(logits: Tensor) -> Measured:
     """log E[r] over draws, in nats, from their log ratios; it never leaves log space.
 
-    Logits of any shape: logits_p gives log E_p[r], which is 0 for a normalised ratio; -logits_q gives log E_q[1/r],
-    which is 0 too. The standard error is the relative one of the mean; above about 0.3 a handful of draws carry the
-    mean and neither number can be trusted. Raises ValueError where there are fewer than 2 logits or one is not finite."""
+    Logits of any shape: logits_p gives log E_p[r], which is 0 for a normalised ratio; -logits_q gives
+    log E_q[1/r], which is 0 too. The standard error is the relative one of the mean; above about 0.1
+    few draws carry the mean, which is then mostly too low: trust neither number.
+    Raises ValueError where there are fewer than 2 logits or one is not finite."""
     rows = logit_rows(logits)
     log_mean = rows.logsumexp(0) - log(len(rows))
     relative = (rows - log_mean).exp()                         # r / E[r]: mean 1, at most n
@@ -77,33 +82,35 @@ class Calibration:
         deviation = (fraction * (1 - fraction) * self.std_error).nan_to_num(0)        # a bin of one kind: none
         return (self.weight * (2 / pi) ** 0.5 * deviation).sum().item()
 
-# %% ../nbs/theory/04_nce.ipynb #a8718982
+# %% ../nbs/theory/04_nce.ipynb #dd3336fb
 def calibration(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> Calibration:
-    """The reliability table of log ratios on held-out draws of q and p, in at most `bins` bins of about equal counts.
+    """The reliability table of log ratios on held-out draws of q and p.
 
-    Logits of any shape, not necessarily equally many. Equal logits share a bin, empty bins are left out.
+    At most `bins` bins of about equal counts; equal logits share a bin, empty bins are left out.
+    Logits of any shape, not necessarily equally many.
     Raises ValueError where bins < 1, there are fewer than 2 logits of a kind, or one is not finite."""
     if bins < 1:
         raise ValueError(f"calibration: bins must be at least 1, got {bins}")
     rows_q, rows_p = logit_rows(logits_q), logit_rows(logits_p)
     n_q, n_p = len(rows_q), len(rows_p)
     pooled = torch.cat([rows_q, rows_p])
-    log_share = torch.cat([torch.full_like(rows_q, -log(2 * n_q)), torch.full_like(rows_p, -log(2 * n_p))])
+    log_share = -torch.cat([torch.full_like(rows, 2 * len(rows)) for rows in (rows_q, rows_p)]).log()
     inner = pooled.sort().values[torch.arange(1, bins) * len(pooled) // bins].unique()
     index = torch.bucketize(pooled, inner, right=True)
     columns = []
     for b in index.unique():
-        k_q, k_p = (index[:n_q] == b).sum(), (index[n_q:] == b).sum()
+        k_q, k_p = (index[:n_q] == b).sum().double(), (index[n_q:] == b).sum().double()
         rows, share = pooled[index == b], log_share[index == b]
-        predicted = (logsigmoid(rows) + share).logsumexp(0) - (logsigmoid(-rows) + share).logsumexp(0)
+        predicted, other = ((logsigmoid(side) + share).logsumexp(0) for side in (rows, -rows))
         variance = 1 / k_q - 1 / n_q + 1 / k_p - 1 / n_p
-        columns.append(torch.stack([predicted, (k_q / n_q).log() - (k_p / n_p).log(), variance.sqrt(), (k_q / n_q + k_p / n_p) / 2]))
+        empirical, weight = (k_q / n_q).log() - (k_p / n_p).log(), (k_q / n_q + k_p / n_p) / 2
+        columns.append(torch.stack([predicted - other, empirical, variance.sqrt(), weight]))
     return Calibration(*torch.stack(columns, 1))
 
-# %% ../nbs/theory/04_nce.ipynb #83015ea7
+# %% ../nbs/theory/04_nce.ipynb #b75fccb1
 @dataclass(frozen=True)
 class RatioReport:
-    "What held-out logits say about a trained ratio: nats, except the two calibration numbers, which are probabilities."
+    "What held-out logits say about a ratio: nats, but the two calibration numbers are probabilities."
     loss: float                         # Eq. 3; 2 log 2 where q = p
     loss_std_error: float
     jsd: float                          # log 2 - L/2: on average a lower bound on JSD(p || q)
@@ -117,21 +124,22 @@ class RatioReport:
     calibration_error: float
     calibration_noise: float            # what calibration_error is on average for the true ratio
 
-# %% ../nbs/theory/04_nce.ipynb #7d264c31
+# %% ../nbs/theory/04_nce.ipynb #ce03aa5a
 def diagnose(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> RatioReport:
-    """Loss, divergences, free checks and calibration of a ratio, from log ratios at held-out draws of q and of p.
+    """Loss, divergences, free checks and calibration of a ratio, from its logits at held-out draws.
 
-    Logits of any shape, not necessarily equally many. log_mean_ratio, and kl_bound with it, are believable only where
-    log_mean_ratio_std_error is small: with n draws, up to divergences of about log n.
+    Logits of any shape, not necessarily equally many. log_mean_ratio, and kl_bound with it, are believable only
+    where log_mean_ratio_std_error is below about 0.1, that is for divergences
+    well below log n with n draws.
     Raises ValueError where there are fewer than 2 logits of a kind, or one is not finite."""
     rows_q, rows_p = logit_rows(logits_q), logit_rows(logits_p)
-    parts = mean_of(softplus(-rows_q)), mean_of(softplus(rows_p))
-    loss, loss_error = nce_loss(rows_q, rows_p).item(), (parts[0].std_error**2 + parts[1].std_error**2) ** 0.5
+    loss_q, loss_p = mean_of(softplus(-rows_q)), mean_of(softplus(rows_p))
+    loss, loss_error = loss_q.value + loss_p.value, hypot(loss_q.std_error, loss_p.std_error)
     mean, inverse, log_r_q = log_mean_ratio(rows_p), log_mean_ratio(-rows_q), mean_of(rows_q)
     table = calibration(rows_q, rows_p, bins)
-    return RatioReport(
-        loss, loss_error, jsd_from_loss(loss), loss_error / 2, mean.value, mean.std_error, inverse.value, inverse.std_error,
-        log_r_q.value - mean.value, (log_r_q.std_error**2 + mean.std_error**2) ** 0.5, table.error, table.noise)
+    return RatioReport(loss, loss_error, jsd_from_loss(loss), loss_error / 2, *mean, *inverse,
+                       log_r_q.value - mean.value, hypot(log_r_q.std_error, mean.std_error),
+                       table.error, table.noise)
 
 # %% ../nbs/theory/04_nce.ipynb #7eb804a6
 class RatioEstimator(nn.Module):
@@ -147,11 +155,11 @@ class RatioEstimator(nn.Module):
         "log r(z, c): [B], the same as condition(context)(z)."
         return self.condition(context)(z)
 
-# %% ../nbs/theory/04_nce.ipynb #a6942cba
+# %% ../nbs/theory/04_nce.ipynb #88dcfb67
 class StagedRatio(RatioEstimator):
-    """The product of several stages' ratios: log r = sum_t log r_t, each stage's base being the product of those before.
+    """The product of several stages' ratios: log r = sum_t log r_t (log Z_t is left out).
 
-    At the optimum it is log q/p plus a constant, the log normalisers of the earlier products.
+    Each stage's base is the product of those before. At the optimum it is log q/p plus a constant, the log normalisers of the earlier products.
     Raises ValueError where there is no stage."""
 
     def __init__(self, stages: Sequence[RatioEstimator]):

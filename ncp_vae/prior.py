@@ -19,7 +19,7 @@ from .nce import RatioEstimator
 from .sampling import SIR, Sampler, check_log_weights, effective_sample_size, pareto_k_hat
 from .walk import Step, TopDownVAE, Trace, from_prior, replay, seeded
 
-# %% ../nbs/theory/06_prior.ipynb #8fcce557
+# %% ../nbs/theory/06_prior.ipynb #22102c81
 @dataclass
 class Estimate:
     "A Monte Carlo estimate of log Z, in nats, and what is known of its error."
@@ -27,17 +27,18 @@ class Estimate:
     std_error: float    # delta method: sqrt(Var(w) / S) / mean(w)
     bias: float         # its leading term, -std_error**2 / 2: log Z is estimated too low on average
     ess: float          # effective sample size of the S weights
-    k_hat: float        # Pareto tail shape of the weights; above 0.7 trust neither value nor std_error
+    k_hat: float        # Pareto tail shape of the weights; above 0.7 trust nothing above
     num_samples: int    # S
 
-# %% ../nbs/theory/06_prior.ipynb #5a03ee06
+# %% ../nbs/theory/06_prior.ipynb #4b6d422d
 def estimate_log_mean(log_w: Tensor) -> Estimate:
     """log of the mean of S weights, with its errors by the delta method. log_w: [S], S >= 2, nats.
 
-    -inf is a weight of zero. Raises ValueError where S < 2, a log weight is NaN or +inf, or all weights are zero."""
+    -inf is a weight of zero. Raises ValueError where S < 2, a log weight is NaN or +inf, or all
+    weights are zero."""
     log_w, size = check_log_weights(log_w).double(), len(log_w)
     if size < 2:
-        raise ValueError(f"estimate_log_mean: at least 2 weights are needed for a standard error, got {size}")
+        raise ValueError(f"estimate_log_mean: an error needs at least 2 weights, got {size}")
     if torch.isneginf(log_w).all():
         raise ValueError(f"estimate_log_mean: all {size} weights are zero (log ratio -inf)")
     value = float(log_w.logsumexp(0)) - log(size)
@@ -45,11 +46,12 @@ def estimate_log_mean(log_w: Tensor) -> Estimate:
     return Estimate(value, std_error, -std_error ** 2 / 2,
                     float(effective_sample_size(log_w, 0)), pareto_k_hat(log_w), size)
 
-# %% ../nbs/theory/06_prior.ipynb #5a9c6c59
+# %% ../nbs/theory/06_prior.ipynb #f748863b
 def log_sir_weight(log_r: Tensor, log_rest: Tensor, proposals: int) -> Tensor:
-    """log of r(z) / ((r(z) + R) / M): what SIR with M proposals puts in the place of r(z) / Z, for one pool.
+    """log of r(z) / ((r(z) + R) / M): what SIR with M proposals has in the place of r(z) / Z.
 
-    log_r: log r(z). log_rest: log R, R the sum of r over the M - 1 others. Shapes broadcast; nats; at most log M."""
+    log_r: log r(z). log_rest: log R, R the sum of r over the M - 1 others of one pool.
+    Shapes broadcast; nats; at most log M (Lawson et al., 2019)."""
     return log(proposals) + logsigmoid(log_r - log_rest)
 
 # %% ../nbs/theory/06_prior.ipynb #665dcfdf
@@ -59,59 +61,64 @@ def log_pool(ratio: RatioEstimator, step: Step, size: int) -> Tensor:
     "log of the sum of r over `size` fresh draws of the step's prior: [B], nats."
     return SIR(size).resample(ratio.condition(step.context), step.prior).log_mean_ratio + log(size)
 
-# %% ../nbs/theory/06_prior.ipynb #3efaea15
+# %% ../nbs/theory/06_prior.ipynb #b4912fa7
 class ReweightedPrior(nn.Module):
     """r(z) p(z), not normalised: log r(z) = sum_k log r_k(z_k, c(z_<k)) (section 3.4).
 
-    vae: a trained `TopDownVAE`, put in eval mode. ratios: one `RatioEstimator` for each latent group, else ValueError.
-    Below, `latents` is a list of K tensors, latents[k]: [B, *latent_shapes[k]], else ValueError."""
+    vae: a trained `TopDownVAE`, put in eval mode. ratios: one `RatioEstimator` for each group.
+    Below, `latents` is a list of K tensors, latents[k]: [B, *latent_shapes[k]].
+    Raises ValueError where the number of ratios, or of latents, is not the number of groups."""
 
     def __init__(self, vae: TopDownVAE, ratios: Sequence[RatioEstimator]):
         super().__init__()
         if len(ratios) != len(vae.latent_shapes):
-            raise ValueError(f"{len(ratios)} ratios for a VAE of {len(vae.latent_shapes)} latent groups: give one a group")
+            raise ValueError(f"{len(ratios)} ratios for a VAE of {len(vae.latent_shapes)} latent "
+                             "groups: give one a group")
         self.vae, self.ratios = vae.eval(), nn.ModuleList(ratios)
 
     def contexts(self, latents: list[Tensor]) -> list[Tensor | None]:
         "c(z_<k) of each group; a VAE without contexts need not be walked for them."
         if isinstance(latents, Tensor) or len(latents) != len(self.ratios):
-            raise ValueError(f"latents must be a list of {len(self.ratios)} tensors, one for each latent group")
+            raise ValueError(f"latents must be a list of {len(self.ratios)} tensors, one a group")
         if all(shape is None for shape in self.vae.context_shapes):
             return [None] * len(latents)
         return [step.context for step in self.vae.walk(replay(latents), n=len(latents[0])).steps]
 
     def log_ratios(self, latents: list[Tensor]) -> list[Tensor]:
         "log r_k(z_k, c(z_<k)) of each group: K tensors [B], nats."
-        return [ratio(z, context) for ratio, z, context in zip(self.ratios, latents, self.contexts(latents))]
+        contexts = self.contexts(latents)
+        return [ratio(z, context) for ratio, z, context in zip(self.ratios, latents, contexts)]
 
     def log_ratio(self, latents: list[Tensor]) -> Tensor:
         "sum_k log r_k(z_k, c(z_<k)): [B], nats, unnormalised."
         return sum(self.log_ratios(latents))
 
     def log_weights(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        "log r at draws of the base prior: [num_samples], nats, float64 on the CPU; PIECE walks at a time."
+        "log r at draws of the base prior, in pieces: [num_samples], nats, float64, on the CPU."
+        sizes = [min(PIECE, num_samples - start) for start in range(0, num_samples, PIECE)]
         with torch.no_grad(), seeded(generator):
-            sizes = [min(PIECE, num_samples - start) for start in range(0, num_samples, PIECE)]
-            return torch.cat([self.log_ratio(self.vae.walk(from_prior(), n=n).latents).cpu().double() for n in sizes])
+            pieces = [self.log_ratio(self.vae.walk(from_prior(), n=size).latents) for size in sizes]
+        return torch.cat([piece.cpu().double() for piece in pieces])
 
     def sample(self, n: int, sampler: Sampler = SIR(500), temperature: float = 1.0,
                generator: torch.Generator | None = None) -> Trace:
-        "n finished walks; `.likelihood.mean` are the images. Which law is drawn from: see the sampler."
+        "n finished walks; `.likelihood.mean` are the images. Which law: see the sampler."
         return sampler.sample(self, n, temperature, generator)
 
-# %% ../nbs/theory/06_prior.ipynb #4b93a582
+# %% ../nbs/theory/06_prior.ipynb #f0c1eee0
 class NoiseContrastivePrior(ReweightedPrior):
-    "p_NCP(z) = r(z) p(z) / Z (section 3). Sampling needs no Z; densities need one call of `log_partition` before."
+    "p_NCP(z) = r(z) p(z) / Z (section 3). Only a density needs Z: call `log_partition` before."
 
     def __init__(self, vae: TopDownVAE, ratios: Sequence[RatioEstimator]):
         super().__init__(vae, ratios)
         self.register_buffer("log_z", torch.tensor(nan))                # of the last log_partition
         self.register_buffer("log_z_std_error", torch.tensor(inf))
 
-    def log_partition(self, num_samples: int, generator: torch.Generator | None = None) -> Estimate:
-        """Estimate log Z = log E_p(z)[r(z)] from draws of the base prior, and keep it for `log_prob`.
+    def log_partition(self, num_samples: int,
+                      generator: torch.Generator | None = None) -> Estimate:
+        """Estimate log Z = log E_p(z)[r(z)] from draws of the base prior; keep it for `log_prob`.
 
-        Raises ValueError where num_samples < 2, a log ratio is NaN or +inf, or every weight is zero."""
+        Raises ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are 0."""
         if num_samples < 2:
             raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")
         estimate = estimate_log_mean(self.log_weights(num_samples, generator))
@@ -119,29 +126,30 @@ class NoiseContrastivePrior(ReweightedPrior):
         return estimate
 
     def normalised_log_ratio(self, latents: list[Tensor]) -> Tensor:
-        "log r(z) - log Z: [B], nats. The `log_ratio` of `iwae` for the estimate of log p(x) under p_NCP."
+        "log r(z) - log Z: [B], nats. As `log_ratio` of `iwae`: an estimate of log p(x) under p_NCP."
         if torch.isnan(self.log_z):
             raise ValueError("log Z is not known yet: call log_partition(num_samples) first")
         return self.log_ratio(latents) - self.log_z
 
     def log_prob(self, latents: list[Tensor]) -> Tensor:
-        "log p_NCP(z) = log p(z) + log r(z) - log Z: [B], nats; an estimate, with the standard error of the stored log Z."
+        "log p(z) + log r(z) - log Z: [B], nats; an estimate, with the standard error of log Z."
         log_r = self.normalised_log_ratio(latents)
         return log_r + self.vae.walk(replay(latents), n=len(latents[0])).log_prior()
 
-    def sir_log_ratio(self, proposals: int, generator: torch.Generator | None = None) -> Callable[[list[Tensor]], Tensor]:
-        "The `log_ratio` of `iwae` for the lower bound on what SIR with M proposals samples; see `sir_density_ratio`."
+    def sir_log_ratio(self, proposals: int, generator: torch.Generator | None = None):
+        "As `log_ratio` of `iwae`: a lower bound on what SIR(M) samples. See `sir_density_ratio`."
         return sir_density_ratio(self, proposals, generator)
 
-# %% ../nbs/theory/06_prior.ipynb #18637dc1
-def sir_density_ratio(ncp: ReweightedPrior, proposals: int, generator: torch.Generator | None = None):
-    """The `log_ratio` of `iwae` for a lower bound on the density of group-wise SIR with M proposals (Lawson et al., 2019).
+# %% ../nbs/theory/06_prior.ipynb #11076023
+def sir_density_ratio(ncp: ReweightedPrior, proposals: int, generator: torch.Generator | None = None
+                      ) -> Callable[[list[Tensor]], Tensor]:
+    """As `log_ratio` of `iwae`: a lower bound on the likelihood of group-wise SIR (Lawson et al., 2019).
 
-    Returns a function of latents: sum_k log r_k(z_k) - log (1/M) (r_k(z_k) + sum of r_k over M - 1 draws): [B], nats.
-    No Z is needed. The first group's M - 1 draws are made here, once, and shared by all rows and calls; those of the
-    later groups by the returned function, for each row. Raises ValueError where M < 2."""
+    Returns latents -> the sum over k of log r_k - log (1/M) (r_k + sum of r_k over M - 1 draws): [B],
+    nats; no Z. The first group's draws are made here, once, and shared by all rows and calls; those
+    of the later groups at each call, for each row. Raises ValueError where proposals = M < 2."""
     if proposals < 2:
-        raise ValueError(f"sir_log_ratio: the number of proposals M must be at least 2, got {proposals}")
+        raise ValueError(f"sir_log_ratio: the proposals M must be at least 2, got {proposals}")
     def pool(step):
         return log_pool(ncp.ratios[step.index], step, proposals - 1)
     with torch.no_grad(), seeded(generator):

@@ -73,9 +73,9 @@ def diagonal_normal(loc: Tensor, scale: Tensor) -> Independent:
     "N(loc, diag(scale^2)): batch [B], event loc.shape[1:]. loc, scale: [B, *event]."
     return Independent(Normal(loc, scale, validate_args=False), loc.dim() - 1, validate_args=False)
 
-# %% ../nbs/theory/01_walk.ipynb #21a9f264
+# %% ../nbs/theory/01_walk.ipynb #48b4d680
 class FlatVAE(TopDownVAE):
-    "The walk of one step. A subclass gives `posterior` and `likelihood`; the prior is N(0, I) unless it says otherwise."
+    "The walk of one step. A subclass gives `posterior` and `likelihood`; its prior is N(0, I) unless overridden."
 
     def __init__(self, latent_shape):
         super().__init__()
@@ -161,14 +161,15 @@ def from_posterior(generator: torch.Generator | None = None) -> Chooser:
             return draw(step.posterior)
     return choose
 
-# %% ../nbs/theory/01_walk.ipynb #eba43fb1
+# %% ../nbs/theory/01_walk.ipynb #69fd3752
 def replay(latents: list[Tensor]) -> Chooser:
-    "Choose the given z_k: latents[k] is [B, *latent_shapes[k]]. ValueError where a shape is another, or one is missing."
+    "Choose the given z_k: latents[k] is [B, *latent_shapes[k]]. ValueError where one is missing or misshapen."
     def choose(step: Step) -> Tensor:
         if step.index >= len(latents):
             raise ValueError(f"replay: {len(latents)} latents given, the walk has reached group {step.index + 1}")
         z, shape = latents[step.index], step.prior.batch_shape + step.prior.event_shape
         if z.shape != shape:
-            raise ValueError(f"replay: latents[{step.index}] has shape {tuple(z.shape)}, the walk needs {tuple(shape)}")
+            raise ValueError(f"replay: latents[{step.index}] has shape {tuple(z.shape)}, "
+                             f"the walk needs {tuple(shape)}")
         return z
     return choose

@@ -305,6 +305,13 @@ def test_later_pools_are_drawn_at_each_rows_own_context():
     assert twin.abs().max() > 0.5
 
 
+def test_a_pool_has_one_draw_less_than_sir_has_proposals():
+    ncp, seen = gaussian(), []
+    ncp.ratios[0].condition = lambda context: lambda z: (seen.append(len(z)), z.sum(-1))[1]
+    ncp.sir_log_ratio(100)
+    assert sum(seen) == 99
+
+
 @pytest.mark.parametrize("M", [1, 0, -3])
 def test_sir_log_ratio_refuses(M):
     with pytest.raises(ValueError, match=f"at least 2, got {M}"):

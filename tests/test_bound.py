@@ -1,0 +1,311 @@
+"""The bound: exact identities first, then statistics.
+
+Every statistical test has fixed seeds and accepts |z| < 5: a correct implementation fails a single comparison for
+one seed in 1.7 million. Each has a broken twin that the same test must refuse."""
+from itertools import product
+from math import log
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+from ncp_vae.bound import elbo, iwae, kl_of
+from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, from_posterior, rows, seeded
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def check_mean(values, truth):
+    "|z| < 5 for the mean of independent values [R]."
+    z = (values.mean() - truth) / (values.std() / len(values) ** 0.5)
+    assert abs(z) < 5, f"{abs(z):.1f} standard errors from {float(truth):.4f}"
+
+
+class LinearGaussian(FlatVAE):
+    "q is the true posterior under the prior N(m, t^2 I), moved and widened by its own standard deviations."
+
+    def __init__(self, shift=0.0, stretch=1.0, m=0.0, t=1.0, sigma=0.2):
+        super().__init__(2)
+        self.shift, self.stretch, self.m, self.t, self.sigma = shift, stretch, m, t, sigma
+        self.register_buffer("W", torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]]))
+        self.double()
+
+    def likelihood(self, z):
+        mean = z @ self.W.T
+        return diagonal_normal(mean, torch.full_like(mean, self.sigma))
+
+    def posterior(self, x):
+        precision = 1 / self.t**2 + self.W.square().sum(0) / self.sigma**2
+        loc = (x @ self.W / self.sigma**2 + self.m / self.t**2) / precision
+        scale = precision**-0.5
+        return diagonal_normal(loc + self.shift * scale, (self.stretch * scale).expand_as(loc))
+
+    def log_evidence(self, x):
+        covariance = self.t**2 * self.W @ self.W.T + self.sigma**2 * torch.eye(3, dtype=x.dtype)
+        return MultivariateNormal(self.m * self.W.sum(1), covariance).log_prob(x)
+
+    def gap(self):
+        "KL(q(z|x) || p(z|x)), the same for all x."
+        return 2 * ((self.shift**2 + self.stretch**2 - 1) / 2 - log(self.stretch))
+
+
+class Tables(TopDownVAE):
+    "Categorical groups of the given sizes, every conditional a random table; an image is an index of 3."
+
+    def __init__(self, sizes=(2, 3), number=0):
+        super().__init__()
+        generator = seed(number)
+        def table(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(1.5).softmax(-1)
+        self.sizes = sizes
+        self.latent_shapes = [torch.Size([])] * len(sizes)
+        self.context_shapes = [None] + [torch.Size([k]) for k in range(1, len(sizes))]
+        self.p = [table(*sizes[:k + 1]) for k in range(len(sizes))]          # p(z_k | z_<k)
+        self.q = [table(3, *sizes[:k + 1]) for k in range(len(sizes))]       # q(z_k | z_<k, x)
+        self.px = table(*sizes, 3)
+
+    def encode(self, x):
+        return x
+
+    def walk(self, choose, *, n=None, evidence=None):
+        n, latents, steps = rows(n, None if evidence is None else len(evidence)), [], []
+        for k in range(len(self.sizes)):
+            prior = self.p[k][tuple(latents)].expand(n, -1)
+            posterior = None if evidence is None else Categorical(self.q[k][(evidence, *latents)])
+            steps.append(Step(k, torch.stack(latents, 1) if k else None, Categorical(prior), posterior))
+            latents.append(choose(steps[-1]))
+        return Trace(latents, steps, Categorical(self.px[tuple(latents)]))
+
+    def log_weights(self, x):
+        "All states of z: q(z | x) and log p(x, z) - log q(z | x), both [states]."
+        q = [self.posterior_joint(k)[x] for k in range(len(self.sizes))][-1]
+        p = torch.ones(())
+        for table in self.p:
+            p = p.unsqueeze(-1) * table
+        return q.flatten(), (p.log() + self.px[..., x].log() - q.log()).flatten()
+
+    def posterior_joint(self, k):
+        "q(z_1..z_{k+1} | x): [3, *sizes[:k + 1]]."
+        joint = torch.ones(3)
+        for table in self.q[:k + 1]:
+            joint = joint.unsqueeze(-1) * table
+        return joint
+
+
+RIGHT, WRONG = LinearGaussian(), LinearGaussian(shift=0.8, stretch=1.5)
+IMAGES = torch.tensor([[0.3, -1.1, 0.2], [2.0, 0.1, 1.3], [-0.4, -0.2, -0.5]], dtype=torch.float64)
+MANY = IMAGES[:1].repeat(20_000, 1)
+
+
+def log_weights(vae, x, num_samples, generator=None):
+    with seeded(generator):
+        traces = [vae.walk(from_posterior(), evidence=vae.encode(x)) for _ in range(num_samples)]
+    return torch.stack([t.likelihood.log_prob(x) + t.log_prior() - t.log_posterior() for t in traces])
+
+
+# ---------------------------------------------------------------- exact
+
+@pytest.mark.parametrize("num_samples", [1, 2, 33])
+def test_iwae_is_log_p_under_the_true_posterior(num_samples):
+    torch.testing.assert_close(iwae(RIGHT, IMAGES, num_samples), RIGHT.log_evidence(IMAGES))
+
+
+def test_the_tight_case_notices_every_missing_term():
+    with seeded(seed(0)):
+        trace = RIGHT.walk(from_posterior(), evidence=RIGHT.encode(IMAGES))
+    terms = {"likelihood": trace.likelihood.log_prob(IMAGES), "prior": trace.log_prior(), "q": -trace.log_posterior()}
+    torch.testing.assert_close(sum(terms.values()), RIGHT.log_evidence(IMAGES))
+    for left_out in terms:
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(sum(v for k, v in terms.items() if k != left_out), RIGHT.log_evidence(IMAGES))
+    with pytest.raises(AssertionError):                                    # the sum of the weights, not their mean
+        torch.testing.assert_close(iwae(RIGHT, IMAGES, 5) + log(5), RIGHT.log_evidence(IMAGES))
+
+
+@pytest.mark.parametrize("vae, x", [(WRONG, IMAGES), (Tables((2, 3, 2)), torch.tensor([0, 1, 2, 2]))])
+def test_the_streaming_sum_is_the_log_mean_of_all_weights(vae, x):
+    torch.testing.assert_close(iwae(vae, x, 20, generator=seed(1)),
+                               log_weights(vae, x, 20, seed(1)).logsumexp(0) - log(20))
+
+
+def test_iwae_streams():
+    "The encoder runs once, and no walk ever has more rows than there are images."
+    calls = []
+    class Counting(LinearGaussian):
+        def encode(self, x):
+            calls.append("encode")
+            return super().encode(x)
+        def walk(self, choose, **arguments):
+            trace = super().walk(choose, **arguments)
+            calls.append(len(trace.latents[0]))
+            return trace
+    iwae(Counting(), IMAGES, 7)
+    assert calls == ["encode"] + [3] * 7
+
+
+def test_more_samples_are_better_for_every_set_of_draws():
+    log_w = log_weights(WRONG, MANY[:500], 16, seed(2))
+    def bound(w):
+        return w.logsumexp(0) - log(len(w))
+    assert (bound(log_w) >= (bound(log_w[:8]) + bound(log_w[8:])) / 2 - 1e-12).all()
+    assert (bound(log_w) > log_w.mean(0)).all()
+
+
+def test_log_ratio_moves_the_bound_to_the_tilted_prior():
+    m, t = 0.7, 0.5
+    vae, log_z = LinearGaussian(m=m, t=t), 2 * (log(t) + m**2 / (2 * t**2))
+    def log_r(latents):
+        return (latents[0].square() / 2 * (1 - 1 / t**2) + m * latents[0] / t**2).sum(1)
+    torch.testing.assert_close(iwae(vae, IMAGES, 6, lambda z: log_r(z) - log_z), vae.log_evidence(IMAGES))
+    with pytest.raises(AssertionError):                                    # without the ratio; without log Z
+        torch.testing.assert_close(iwae(vae, IMAGES, 6), vae.log_evidence(IMAGES))
+    torch.testing.assert_close(iwae(vae, IMAGES, 6, log_r) - log_z, vae.log_evidence(IMAGES))
+
+
+def test_log_ratio_of_a_constant_and_of_zero_weight():
+    base = iwae(WRONG, IMAGES, 9, generator=seed(3))
+    torch.testing.assert_close(iwae(WRONG, IMAGES, 9, lambda z: torch.full((3,), 2.5), seed(3)), base + 2.5)
+    nothing = iwae(WRONG, IMAGES, 9, lambda z: torch.full((3,), -torch.inf), seed(3))
+    assert torch.isneginf(nothing).all()
+
+
+def test_the_same_seed_gives_the_same_bound_and_spares_the_global_state():
+    before = torch.get_rng_state()
+    for f in (lambda g: iwae(WRONG, IMAGES, 3, generator=g), lambda g: elbo(WRONG, IMAGES, g).elbo):
+        assert torch.equal(f(seed(1)), f(seed(1))) and not torch.equal(f(seed(1)), f(seed(2)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_samples", [0, -3])
+def test_no_samples_are_refused(num_samples):
+    with pytest.raises(ValueError, match=f"at least 1, got {num_samples}"):
+        iwae(WRONG, IMAGES, num_samples)
+
+
+def test_elbo_adds_up_and_its_kl_is_the_formula():
+    bound = elbo(WRONG, IMAGES, seed(4))
+    torch.testing.assert_close(bound.elbo, bound.reconstruction - bound.kl.sum(1))
+    q = WRONG.posterior(IMAGES)
+    torch.testing.assert_close(bound.kl[:, 0], ((q.mean**2 + q.variance - 1) / 2 - q.stddev.log()).sum(1))
+    tables = elbo(Tables((2, 3, 2)), torch.tensor([0, 1, 2, 2]), seed(4))
+    assert tables.kl.shape == (4, 3) and (tables.kl > 0).all()
+
+
+def test_gradients_of_both_bounds_with_common_random_numbers():
+    def f(bound):
+        def value(shift):
+            vae = LinearGaussian(stretch=1.5)
+            vae.shift = shift
+            return bound(vae)
+        return value
+    shift = torch.tensor([0.8, -0.2], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(f(lambda vae: elbo(vae, IMAGES, seed(5)).elbo.sum()), shift)
+    assert torch.autograd.gradcheck(f(lambda vae: iwae(vae, IMAGES, 4, generator=seed(5)).sum()), shift)
+
+
+def kl(p, q):
+    return (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_eq_7_group_by_group_of_three(k):
+    "Mean KL term of the bound minus expected KL from the aggregate conditional: the same for every prior."
+    vae = Tables((2, 3, 2), number=1)
+    before = vae.posterior_joint(k - 1) if k else torch.ones(3)              # q(z_<k | x)
+    joint = vae.posterior_joint(k).mean(0)                                   # q(z_<=k)
+    def spread(conditional):
+        gaps = []
+        for number in range(10):
+            p = Tables((2, 3, 2), number=100 + number).p[k]
+            bound_side = (before * kl(vae.q[k], p)).flatten(1).sum(1).mean() if k else kl(vae.q[0], p).mean()
+            gaps.append(bound_side - (joint.sum(-1) * kl(conditional, p)).sum())
+        return max(gaps) - min(gaps)
+    assert spread(joint / joint.sum(-1, keepdim=True)) < 1e-12
+    if k:                                                                    # the broken twin: all images weighted equally
+        assert spread(vae.q[k].mean(0)) > 0.01
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_surgery_of_a_hierarchy(number):
+    "Average KL = information about the image's index, at most log N, + KL of the aggregate posterior from the prior."
+    vae = Tables((2, 3, 2), number)
+    each = vae.posterior_joint(2).flatten(1)
+    p = (vae.p[0][:, None, None] * vae.p[1][:, :, None] * vae.p[2]).flatten()
+    information = kl(each, each.mean(0)).mean()
+    torch.testing.assert_close(kl(each, p).mean(), information + kl(each.mean(0), p))
+    assert 0 < information < log(3)
+
+
+# ---------------------------------------------------------------- statistics
+
+def test_elbo_is_log_p_minus_the_gap():
+    truth = WRONG.log_evidence(IMAGES)[0] - WRONG.gap()
+    bound = elbo(WRONG, MANY, seed(6))
+    check_mean(bound.elbo, truth)
+    exchanged = torch.distributions.kl_divergence(WRONG.prior(1), WRONG.posterior(IMAGES[:1]))
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: KL(p || q)
+        check_mean(bound.reconstruction - exchanged, truth)
+
+
+@pytest.mark.parametrize("x", [0, 1, 2])
+def test_elbo_of_a_hierarchy_by_enumeration(x):
+    vae = Tables((2, 3, 2))
+    q, log_w = vae.log_weights(x)
+    images = torch.full((20_000,), x)
+    bound = elbo(vae, images, seed(7))
+    check_mean(bound.elbo, (q * log_w).sum())
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: the last group's KL forgotten
+        check_mean(bound.reconstruction - bound.kl[:, :-1].sum(1), (q * log_w).sum())
+
+
+@pytest.mark.parametrize("x", [0, 1, 2])
+def test_the_two_sample_bound_by_enumeration_of_pairs(x):
+    vae = Tables((2, 3))
+    q, log_w = vae.log_weights(x)
+    truth = sum(q[i] * q[j] * (torch.logaddexp(log_w[i], log_w[j]) - log(2)) for i, j in product(range(6), repeat=2))
+    images = torch.full((20_000,), x)
+    check_mean(iwae(vae, images, 2, generator=seed(8)), truth)
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: logs averaged
+        check_mean(log_weights(vae, images, 2, seed(8)).mean(0), truth)
+
+
+def test_weights_average_to_p_of_x():
+    "E[w] = p(x), with any posterior; w is bounded here because q is wider than the true posterior."
+    log_px = WRONG.log_evidence(IMAGES)[0]
+    log_w = iwae(WRONG, MANY, 1, generator=seed(9))
+    check_mean((log_w - log_px).exp(), 1.0)
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: log q forgotten
+        check_mean((log_w + elbo(WRONG, MANY, seed(9)).kl[:, 0] - log_px).exp(), 1.0)
+
+
+def test_kl_without_a_formula_is_an_unbiased_draw():
+    "A mixture of one component is a Normal, but torch knows no formula for it."
+    n = 20_000
+    q = diagonal_normal(torch.full((n, 2), 0.5), torch.full((n, 2), 0.7))
+    one = Independent(Normal(torch.zeros(n, 1, 2), torch.full((n, 1, 2), 1.3)), 1)
+    p = MixtureSameFamily(Categorical(torch.ones(n, 1)), one)
+    known = kl_of(Step(0, None, diagonal_normal(torch.zeros(n, 2), torch.full((n, 2), 1.3)), q), None)
+    assert known.std() < 1e-6
+    with seeded(seed(10)):
+        z = q.sample()
+    estimate = kl_of(Step(0, None, p, q), z)
+    check_mean(estimate, known[0])
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: a draw of the prior
+        check_mean(kl_of(Step(0, None, p, q), p.sample()), known[0])
+
+
+def test_a_perfect_prior_gains_the_marginal_kl():
+    "With r = q(z) / p(z) the mean one-sample bound rises by KL(q(z) || p(z))."
+    vae = Tables((2, 3))
+    aggregate = vae.posterior_joint(1).mean(0)
+    log_r = (aggregate / (vae.p[0][:, None] * vae.p[1])).log()
+    images = torch.arange(3).repeat(10_000)
+    def gain(log_ratio):
+        return iwae(vae, images, 1, log_ratio, seed(11)) - iwae(vae, images, 1, generator=seed(11))
+    truth = (aggregate * log_r).sum()
+    check_mean(gain(lambda z: log_r[z[0], z[1]]), truth)
+    literal = (vae.q[0].mean(0)[:, None] * vae.q[1].mean(0) / (vae.p[0][:, None] * vae.p[1])).log()
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: images weighted equally
+        check_mean(gain(lambda z: literal[z[0], z[1]]), truth)
