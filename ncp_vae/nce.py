@@ -22,49 +22,49 @@ def nce_loss(logits_q: Tensor, logits_p: Tensor) -> Tensor:
     Logits of any shape; each side is averaged by itself, so their numbers need not agree."""
     return softplus(-logits_q).mean() + softplus(logits_p).mean()
 
-# %% ../nbs/theory/04_nce.ipynb #84e22ce3
+# %% ../nbs/theory/04_nce.ipynb #f17f2f26
 def jsd_from_loss(loss):
     """Jensen-Shannon divergence at the optimum, log 2 - L/2, in nats (section 5.3).
 
-    In [0, log 2] for an optimal classifier. From the held-out loss of any other one it is too low on
-    average, and may be negative."""
+    In [0, log 2] for an optimal classifier. From the held-out loss of any other one it is too
+    low on average, and may be negative."""
     return log(2) - loss / 2
 
-# %% ../nbs/theory/04_nce.ipynb #d4c0065d
+# %% ../nbs/theory/04_nce.ipynb #852fb810
 class Measured(NamedTuple):
     "A mean over draws, or a function of one, and its standard error."
     value: float
     std_error: float
 
 def logit_rows(logits: Tensor) -> Tensor:
-    "The logits flat and in float64: [n]; ValueError where there are fewer than 2, or one is not finite."
+    "The logits flat, in float64, on the CPU: [n]; ValueError where one is not finite, or n < 2."
     rows = logits.detach().cpu().flatten().double()
     broken = int((~rows.isfinite()).sum())
     if len(rows) < 2 or broken:
-        raise ValueError(f"at least 2 finite logits are needed, got {len(rows)}, {broken} of them not finite")
+        raise ValueError(f"at least 2 finite logits are needed, got {len(rows)}, {broken} bad")
     return rows
 
 def mean_of(values: Tensor) -> Measured:
     "The mean of [n] values and its standard error."
     return Measured(values.mean().item(), values.std().item() / len(values) ** 0.5)
 
-# %% ../nbs/theory/04_nce.ipynb #9825832d
+# %% ../nbs/theory/04_nce.ipynb #a0a2bb75
 def log_mean_ratio(logits: Tensor) -> Measured:
     """log E[r] over draws, in nats, from their log ratios; it never leaves log space.
 
-    Logits of any shape: logits_p gives log E_p[r], which is 0 for a normalised ratio; -logits_q gives
-    log E_q[1/r], which is 0 too. The standard error is the relative one of the mean; above about 0.1
-    few draws carry the mean, which is then mostly too low: trust neither number.
+    Logits of any shape: logits_p gives log E_p[r], which is 0 for a normalised ratio; -logits_q
+    gives log E_q[1/r], which is 0 too. The standard error is the relative one of the mean; above
+    about 0.1 few draws carry the mean, which is then mostly too low: trust neither number.
     Raises ValueError where there are fewer than 2 logits or one is not finite."""
     rows = logit_rows(logits)
     log_mean = rows.logsumexp(0) - log(len(rows))
     relative = (rows - log_mean).exp()                         # r / E[r]: mean 1, at most n
     return Measured(log_mean.item(), mean_of(relative).std_error)
 
-# %% ../nbs/theory/04_nce.ipynb #5af7810f
+# %% ../nbs/theory/04_nce.ipynb #2da5d0f2
 @dataclass(frozen=True)
 class Calibration:
-    "A reliability table: predicted and empirical log ratio of each bin, in nats. Tensors of [bins], float64."
+    "A reliability table: predicted and empirical log ratio of each bin, in nats. [bins] each."
     predicted: Tensor     # log odds of the mean of D in the bin
     empirical: Tensor     # log (k_q / n_q) - log (k_p / n_p); infinite where one kind is missing
     std_error: Tensor     # of empirical; infinite where one kind is missing
@@ -73,28 +73,30 @@ class Calibration:
     @property
     def error(self) -> float:
         "The expected calibration error: the weighted mean of |D - fraction of q|, in [0, 1]."
-        return (self.weight * (self.predicted.sigmoid() - self.empirical.sigmoid()).abs()).sum().item()
+        difference = self.predicted.sigmoid() - self.empirical.sigmoid()
+        return (self.weight * difference.abs()).sum().item()
 
     @property
     def noise(self) -> float:
-        "What `error` is on average for the true ratio: the mean absolute deviation of the fractions."
+        "What `error` is on average for the true ratio: the fractions' mean absolute deviation."
         fraction = self.empirical.sigmoid()
-        deviation = (fraction * (1 - fraction) * self.std_error).nan_to_num(0)        # a bin of one kind: none
+        deviation = (fraction * (1 - fraction) * self.std_error).nan_to_num(0)  # one kind: none
         return (self.weight * (2 / pi) ** 0.5 * deviation).sum().item()
 
-# %% ../nbs/theory/04_nce.ipynb #dd3336fb
+# %% ../nbs/theory/04_nce.ipynb #e70641d5
 def calibration(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> Calibration:
     """The reliability table of log ratios on held-out draws of q and p.
 
     At most `bins` bins of about equal counts; equal logits share a bin, empty bins are left out.
     Logits of any shape, not necessarily equally many.
-    Raises ValueError where bins < 1, there are fewer than 2 logits of a kind, or one is not finite."""
+    Raises ValueError where bins < 1, a kind has fewer than 2 logits, or one is not finite."""
     if bins < 1:
         raise ValueError(f"calibration: bins must be at least 1, got {bins}")
     rows_q, rows_p = logit_rows(logits_q), logit_rows(logits_p)
     n_q, n_p = len(rows_q), len(rows_p)
     pooled = torch.cat([rows_q, rows_p])
-    log_share = -torch.cat([torch.full_like(rows, 2 * len(rows)) for rows in (rows_q, rows_p)]).log()
+    log_share = torch.tensor([-log(2 * n_q), -log(2 * n_p)], dtype=torch.float64)
+    log_share = log_share.repeat_interleave(torch.tensor([n_q, n_p]))    # each kind weighs 1/2
     inner = pooled.sort().values[torch.arange(1, bins) * len(pooled) // bins].unique()
     index = torch.bucketize(pooled, inner, right=True)
     columns = []
@@ -107,10 +109,10 @@ def calibration(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> Calibrati
         columns.append(torch.stack([predicted - other, empirical, variance.sqrt(), weight]))
     return Calibration(*torch.stack(columns, 1))
 
-# %% ../nbs/theory/04_nce.ipynb #b75fccb1
+# %% ../nbs/theory/04_nce.ipynb #57dee47b
 @dataclass(frozen=True)
 class RatioReport:
-    "What held-out logits say about a ratio: nats, but the two calibration numbers are probabilities."
+    "What held-out logits say about a ratio, in nats; the calibration numbers are probabilities."
     loss: float                         # Eq. 3; 2 log 2 where q = p
     loss_std_error: float
     jsd: float                          # log 2 - L/2: on average a lower bound on JSD(p || q)
@@ -119,19 +121,19 @@ class RatioReport:
     log_mean_ratio_std_error: float
     log_mean_inverse: float             # log E_q[1/r]: 0 for a normalised ratio
     log_mean_inverse_std_error: float
-    kl_bound: float                     # E_q[log r] - log E_p[r] <= KL(q || p) (Donsker and Varadhan)
+    kl_bound: float                     # E_q[log r] - log E_p[r] <= KL(q || p)
     kl_bound_std_error: float
     calibration_error: float
     calibration_noise: float            # what calibration_error is on average for the true ratio
 
-# %% ../nbs/theory/04_nce.ipynb #ce03aa5a
+# %% ../nbs/theory/04_nce.ipynb #b03b12aa
 def diagnose(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> RatioReport:
-    """Loss, divergences, free checks and calibration of a ratio, from its logits at held-out draws.
+    """Loss, divergences, free checks and calibration of a ratio from logits of held-out draws.
 
-    Logits of any shape, not necessarily equally many. log_mean_ratio, and kl_bound with it, are believable only
-    where log_mean_ratio_std_error is below about 0.1, that is for divergences
-    well below log n with n draws.
-    Raises ValueError where there are fewer than 2 logits of a kind, or one is not finite."""
+    Logits of any shape, not necessarily equally many. log_mean_ratio, and kl_bound with it, are
+    believable only where log_mean_ratio_std_error is below about 0.1, that is for divergences well
+    below log n with n draws.
+    Raises ValueError where bins < 1, a kind has fewer than 2 logits, or one is not finite."""
     rows_q, rows_p = logit_rows(logits_q), logit_rows(logits_p)
     loss_q, loss_p = mean_of(softplus(-rows_q)), mean_of(softplus(rows_p))
     loss, loss_error = loss_q.value + loss_p.value, hypot(loss_q.std_error, loss_p.std_error)
@@ -141,25 +143,28 @@ def diagnose(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> RatioReport:
                        log_r_q.value - mean.value, hypot(log_r_q.std_error, mean.std_error),
                        table.error, table.noise)
 
-# %% ../nbs/theory/04_nce.ipynb #7eb804a6
+# %% ../nbs/theory/04_nce.ipynb #7ef8f2af
 class RatioEstimator(nn.Module):
     """log r(z, c) of one latent group: the classifier's logit, never a sigmoid.
 
-    A subclass defines `condition`; whatever depends on the context alone is computed there, once."""
+    A subclass defines `condition`; what depends on the context alone is computed there, once."""
 
     def condition(self, context: Tensor | None) -> Callable[[Tensor], Tensor]:
-        "context: [B, *context_shape] or None -> a function of z: [..., B, *event] -> log r: [..., B], in nats."
+        """context: [B, *context_shape] or None -> a function of z that gives log r in nats.
+
+        The function maps [..., B, *event] to [..., B]."""
         raise NotImplementedError(f"{type(self).__name__} must define condition(context)")
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         "log r(z, c): [B], the same as condition(context)(z)."
         return self.condition(context)(z)
 
-# %% ../nbs/theory/04_nce.ipynb #88dcfb67
+# %% ../nbs/theory/04_nce.ipynb #9a0e3a8f
 class StagedRatio(RatioEstimator):
     """The product of several stages' ratios: log r = sum_t log r_t (log Z_t is left out).
 
-    Each stage's base is the product of those before. At the optimum it is log q/p plus a constant, the log normalisers of the earlier products.
+    Each stage's base is the product of those before. At the optimum it is log q/p plus a constant,
+    the log normalisers of the earlier products.
     Raises ValueError where there is no stage."""
 
     def __init__(self, stages: Sequence[RatioEstimator]):

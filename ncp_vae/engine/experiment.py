@@ -92,7 +92,7 @@ class Parameter:
             raise ValueError(f"parameter {self.name} = {value!r}: must lie in {self.range}")
         return converted
 
-# %% ../../nbs/engine/experiment.ipynb #59e85ce7
+# %% ../../nbs/engine/experiment.ipynb #92b73784
 def parse_parameter(node: ast.stmt, comment: str) -> Parameter:
     "One statement of a parameters cell; ValueError where it is not of the form `name: type = literal  # range help`."
     try:
@@ -107,6 +107,7 @@ def parse_parameter(node: ast.stmt, comment: str) -> Parameter:
         raise ValueError(f"{name} is no number: its range is a set of words in braces, not {range_}")
     return Parameter(name, type_, Parameter(name, type_, default, range_).check(default), range_, help_)
 
+# %% ../../nbs/engine/experiment.ipynb #052890d0
 def parse_parameters(source: str) -> dict[str, Parameter]:
     "The parameters of a cell's source, by name and in order; nothing is executed. ValueError names the line."
     try:
@@ -218,7 +219,7 @@ def find_experiment(name: str) -> Experiment:
         raise unknown("experiment", name, found)
     return read_experiment(found[name])
 
-# %% ../../nbs/engine/experiment.ipynb #3f3c7f1a
+# %% ../../nbs/engine/experiment.ipynb #21e8ca72
 def output_of(*command: str) -> str:
     "What a command prints, stripped; nothing where it is missing or fails."
     try:
@@ -234,6 +235,7 @@ def commit() -> str | None:
         return None
     return head + ("-dirty" if output_of(*git, "status", "--porcelain") else "")
 
+# %% ../../nbs/engine/experiment.ipynb #411d6550
 def environment() -> dict:
     "Commit, versions and hardware, as plain values."
     torch, cpu = sys.modules.get("torch"), None
@@ -304,7 +306,7 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
-# %% ../../nbs/engine/experiment.ipynb #4fc04d3a
+# %% ../../nbs/engine/experiment.ipynb #7bbb978d
 def alive(status: dict) -> bool:
     "Whether the process that wrote a status still runs; True where it is on another machine."
     import psutil
@@ -324,6 +326,7 @@ def state_of(folder: str | Path) -> str:
     except (ValueError, KeyError):
         return "killed"
 
+# %% ../../nbs/engine/experiment.ipynb #34de1476
 def begin(folder: Path, attempt: int) -> None:
     "Write that this process runs the run in `folder` from now on."
     import psutil

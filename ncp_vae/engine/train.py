@@ -40,12 +40,12 @@ def checked(batch: Tensor) -> Tensor:
         raise ValueError("the data holds NaN or infinite values: clean it before training")
     return batch
 
-# %% ../../nbs/engine/train.ipynb #16ab0611
+# %% ../../nbs/engine/train.ipynb #c8da549c
 class EndlessBatches:
     "Index batches `start`, `start + 1`, ... for ever; a new permutation each epoch, a function of seed and step alone."
     def __init__(self, n: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
-        if n < batch_size * world:
-            raise ValueError(f"batch_size {batch_size} on {world} process(es) is larger than the data set of {n} images")
+        if not 1 <= batch_size * world <= n:
+            raise ValueError(f"batch_size {batch_size} on {world} process(es) must lie between 1 and the data set's {n} images")
         self.n, self.batch_size, self.seed, self.start, self.rank, self.world = n, batch_size, seed, start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -71,7 +71,7 @@ def batches(data: Tensor | Dataset | DataLoader, batch_size: int, seed: int, sta
     for batch in DataLoader(data, batch_sampler=index_batches, collate_fn=collate, generator=own):
         yield checked(batch)
 
-# %% ../../nbs/engine/train.ipynb #fbc1e5bd
+# %% ../../nbs/engine/train.ipynb #9bad45d2
 def fit(loss: nn.Module, data, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
         history: str | Path | None = None, checkpoint: str | Path | None = None, log_every: int = 50,
         save_every: float = 60.0) -> None:
@@ -81,8 +81,8 @@ def fit(loss: nn.Module, data, *, steps: int, batch_size: int, lr: float, seed: 
     history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C and at the
     end; where it exists already the training goes on from it, bit for bit on a CPU.
     Raises ValueError on bad settings or data, FloatingPointError before a step whose loss is not finite is taken."""
-    if steps < 1 or batch_size < 1 or not lr > 0:
-        raise ValueError(f"{name}: steps and batch_size must be at least 1 and lr positive, got {steps}, {batch_size}, {lr}")
+    if steps < 1 or not lr > 0:
+        raise ValueError(f"{name}: steps must be at least 1 and lr positive, got steps = {steps}, lr = {lr}")
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
     accelerator = Accelerator()
     optimizer = torch.optim.Adam(loss.parameters(), lr)

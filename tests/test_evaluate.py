@@ -1,0 +1,91 @@
+"""Scores against closed forms and against scikit-learn."""
+import math
+
+import pytest
+import torch
+from sklearn.neighbors import KDTree
+
+from ncp_vae.engine.evaluate import average, block_mmd2, compare, log_likelihoods, nearest, sir_ess
+from ncp_vae.models.likelihoods import normal
+from ncp_vae.nce import RatioEstimator
+from ncp_vae.prior import NoiseContrastivePrior
+from ncp_vae.walk import FlatVAE, diagonal_normal
+
+
+class Linear(FlatVAE):
+    """z ~ N(0, 1), x | z ~ N(z, s^2), with the exact posterior: log p(x) = log N(x; 0, 1 + s^2)."""
+    s = 0.5
+    def __init__(self):
+        super().__init__(1)
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def posterior(self, x):
+        variance = self.s**2 / (1 + self.s**2)
+        return diagonal_normal(x / (1 + self.s**2), torch.full_like(x, variance**0.5))
+
+    def likelihood(self, z):
+        return normal(z, self.s)
+
+
+class Tilt(RatioEstimator):
+    """log r(z) = a z + b: p_NCP = N(a, 1), log Z = a^2 / 2 + b."""
+    def __init__(self, a, b=0.0):
+        super().__init__()
+        self.a, self.b = a, b
+
+    def condition(self, context):
+        return lambda z: self.a * z[..., 0] + self.b
+
+
+def log_normal(x, mean, variance):
+    return -((x - mean) ** 2) / (2 * variance) - 0.5 * math.log(2 * math.pi * variance)
+
+
+def test_the_gain_is_the_closed_form():
+    """Data from the tilted model. The estimate's gain is within 5 standard errors of the exact one (false alarm in two
+    million) and a tilt to the wrong side, the broken twin, is not."""
+    a, variance = 0.8, 1 + Linear.s**2
+    x = a + variance**0.5 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
+    exact = (log_normal(x, a, variance) - log_normal(x, 0.0, variance)).mean().item()
+    settings = dict(num_samples=50, log_z_samples=20_000, proposals=512, seed=0)
+    scores, log_z = compare(NoiseContrastivePrior(Linear(), [Tilt(a, b=7.0)]), x, **settings)
+    assert abs(scores.base.value - log_normal(x, 0.0, variance).mean()) < 1e-4      # exact posterior: IWAE is exact
+    assert abs(log_z.value - (a**2 / 2 + 7.0)) < 5 * log_z.std_error
+    assert abs(scores.gain.value - exact) < 5 * scores.gain.std_error
+    assert scores.gain_bound.value < scores.gain.value + 5 * log_z.std_error
+    wrong, _ = compare(NoiseContrastivePrior(Linear(), [Tilt(-a)]), x, **settings)
+    assert abs(wrong.gain.value - exact) > 5 * wrong.gain.std_error
+
+
+def test_batch_size_and_order_do_not_matter_to_an_exact_bound():
+    x = torch.randn(30, 1, generator=torch.Generator().manual_seed(0))
+    together, apart = (log_likelihoods(Linear(), x, 3, seed=0, batch_size=size) for size in (30, 7))
+    assert torch.allclose(together, apart, atol=1e-5)
+
+
+def test_ess_of_equal_weights_is_m():
+    ess = sir_ess(NoiseContrastivePrior(Linear(), [Tilt(0.0)]), n=5, proposals=77, seed=0)
+    assert len(ess) == 1 and abs(ess[0].value - 77) < 1e-3 and ess[0].std_error < 1e-4
+
+
+def test_mmd_is_zero_between_equals_and_not_between_others():
+    """Two draws of N(0, I): within 5 standard errors of 0; shifted by 0.5 in each of 4 dimensions: not."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1000, 4, generator=g), torch.randn(1000, 4, generator=g)
+    same, shifted = block_mmd2(x, y), block_mmd2(x, y + 0.5)
+    assert abs(same.value) < 5 * same.std_error < shifted.value
+
+
+def test_nearest_agrees_with_a_kd_tree():
+    g = torch.Generator().manual_seed(0)
+    images, queries = torch.rand(300, 1, 4, 4, generator=g), torch.rand(20, 1, 4, 4, generator=g)
+    distance, index = nearest(queries, images, k=3, chunk=7)
+    expected, rows = KDTree(images.flatten(1).numpy()).query(queries.flatten(1).numpy(), k=3)
+    assert (index.numpy() == rows).all() and torch.allclose(distance.double(), torch.from_numpy(expected), atol=1e-3)
+    with pytest.raises(ValueError, match="between 1 and the number of images 300, got 301"):
+        nearest(queries, images, k=301)
+
+
+def test_average_adds_a_shared_error_in_quadrature():
+    plain, shared = average(torch.randn(100), "estimate"), average(torch.zeros(100), "estimate", extra_std_error=0.3)
+    assert shared.std_error == pytest.approx(0.3) and plain.n == 100

@@ -1,0 +1,260 @@
+"""What a run asks for and keeps: the parts that need processes, time or a real `__main__`."""
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ncp_vae.engine import experiment as ex
+
+CELL = 'run_dir: str = ""\nseed: int = 0  # [0, inf)\nsteps: int = 3  # [1, 100] how many\n'
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    "A temporary clone with one experiment, `toy`."
+    monkeypatch.setenv("NCP_VAE_HOME", str(tmp_path))
+    folder = tmp_path / "nbs" / "runs"
+    folder.mkdir(parents=True)
+    cell = dict(cell_type="code", source=CELL, metadata=dict(tags=["parameters"]))
+    (folder / "toy.ipynb").write_text(json.dumps(dict(cells=[cell])))
+    return tmp_path
+
+
+def python(code):
+    "Run code in a process of its own, as a notebook's kernel would; what it prints."
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, type_, value", [
+    ("7", "int", 7), ("-7", "int", -7), ("1_000", "int", 1000), ("1e3", "int", 1000), ("9007199254740993", "int", 2**53 + 1),
+    ("1e-3", "float", 0.001), ("3", "float", 3.0), ("TRUE", "bool", True), ("false", "bool", False), ("", "str", ""),
+])
+def test_text_becomes_the_type(text, type_, value):
+    found = ex.convert(text, type_)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("value, type_", [
+    ("2.5", "int"), (2.5, "int"), ("none", "int"), (None, "int"), (True, "int"), (False, "float"), ("nan", "float"),
+    ("-inf", "float"), ("1e999", "float"), ("1", "bool"), (0, "bool"), ("yes", "bool"), (3, "str"), (None, "str"), ([], "float"),
+])
+def test_nothing_is_guessed(value, type_):
+    with pytest.raises(ValueError, match="expected"):
+        ex.convert(value, type_)
+
+
+@pytest.mark.parametrize("range_, good, bad", [
+    ("[1, 3]", [1, 2, 3], [0, 4]), ("(1, 3)", [2], [1, 3]), ("[0, inf)", [0, 1e300], [-1e-300]), ("(-inf, 0)", [-5.0], [0.0]),
+    ("(0, 1]", [1e-300, 1], [0, 1.0000001]), ("{2, 4}", [2, 4], [3]), ("{a, b c}", ["a", "b c"], ["b", "c", ""]),
+])
+def test_ranges(range_, good, bad):
+    assert all(ex.inside(value, range_) for value in good) and not any(ex.inside(value, range_) for value in bad)
+
+
+def test_comments_and_strings_are_told_apart():
+    found = ex.parse_parameters('# first\nname: str = "#1"  # {#1, #2} which one # really\n\n# the end')
+    assert found["name"] == ex.Parameter("name", "str", "#1", "{#1, #2}", "which one # really")
+
+
+@pytest.mark.parametrize("cell, words", [
+    ("a = 1", "not `name: type = literal`"), ("a: int", "not `name"), ("a: int = 2 * 3", "next cell"), ("a: int = -b", "not `name"),
+    ("a: list = []", "not `name"), ("import os", "not `name"), ("a.b: int = 1", "not `name"), ("a: int = 1.5", "whole number"),
+    ("a: int = 0  # [1, 2]", "must lie in"), ("a: int = 0  # (0 to 1) words", "begins like a range"),
+    ("a: int = 0  # [low, high]", "line 1"), ("a: str = ''  # [0, 1]", "no number"), ("a: int = 1\na: int = 1", "line 2"),
+    ("%time", "plain Python"),
+])
+def test_cells_that_could_mislead_are_refused(cell, words):
+    with pytest.raises(ValueError, match=words):
+        ex.parse_parameters(cell)
+
+
+def test_required_parameters_and_the_tag(clone):
+    path = clone / "nbs" / "runs" / "toy.ipynb"
+    for source, tags, words in [("seed: int = 0", ["parameters"], "run_dir: str"), ('run_dir: str = ""', ["parameters"], "seed: int"),
+                                (CELL, [], "0 cells are tagged")]:
+        path.write_text(json.dumps(dict(cells=[dict(cell_type="code", source=source, metadata=dict(tags=tags))])))
+        with pytest.raises(ValueError, match=words):
+            ex.find_experiment("toy")
+
+
+def test_presets_are_as_strict_as_the_command_line(clone):
+    toy, preset = ex.find_experiment("toy"), clone / "nbs" / "runs" / "toy.yaml"
+    preset.write_text("smoke: {}\ncpu: {steps: 1e1}\nfull: {steps: 100, seed: 4}\n")      # YAML reads 1e1 as text
+    assert ex.params_for(toy, "cpu") == dict(seed=0, steps=10)
+    assert ex.params_for(toy, "full", {"steps": "50"}) == dict(seed=4, steps=50)
+    for text in ["full: {steps: 101}", "full: {stepz: 1}", "fulll: {}", "full:", "- full", "full: {run_dir: x}", "full: {steps: true}"]:
+        preset.write_text(text)
+        with pytest.raises(ValueError, match="toy.yaml"):
+            ex.params_for(toy, "smoke")
+
+
+def test_without_a_clone_the_message_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("NCP_VAE_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="pip install -e"):
+        ex.find_experiment("toy")
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+def test_of_many_that_want_one_folder_one_gets_it(tmp_path):
+    def claim(number):
+        try:
+            return ex.new_run(tmp_path / "run", "toy", "smoke", {"seed": number})
+        except ValueError as error:
+            assert "never overwrites" in str(error) or "File exists" in str(error)
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(folder is not None for folder in pool.map(claim, range(8))) == 1
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(clone):
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: ex.new_run(None, "toy", "smoke", {}), range(4)))
+    assert len(set(folders)) == 4
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="cannot write to .*--out"):
+            ex.new_run(folder, "toy", "smoke", {})
+
+
+def test_states_of_processes(tmp_path):
+    folder = ex.new_run(tmp_path / "run", "toy", "smoke", {})
+    status = ex.read_json(folder / "status.json")
+    def state(**changes):
+        ex.write_json(folder / "status.json", {**status, **changes})
+        return ex.state_of(folder)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert state() == "running"
+    assert state(pid=gone.pid) == "killed"
+    assert state(created=status["created"] - 3600) == "killed"         # the number belongs to another process by now
+    assert state(host="elsewhere", pid=gone.pid) == "running"
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    time.sleep(0.5)
+    assert state(pid=zombie.pid, created=time.time()) == "killed"
+    zombie.wait()
+    (folder / "status.json").write_text('{"state": "succ')
+    assert ex.state_of(folder) == "killed"
+
+
+def test_only_one_resumes(clone):
+    toy = ex.find_experiment("toy")
+    folder = ex.new_run(None, "toy", "smoke", ex.params_for(toy))
+    (folder / "notebook.ipynb").write_text("first")
+    ex.write_json(folder / "metrics.json", {"of": "an attempt that failed in a later cell"})
+    ex.end(folder, "failed", "why")
+    def resume(_):
+        try:
+            return ex.resume_run(folder, toy)
+        except ValueError as error:
+            assert "being run" in str(error) or "cannot resume" in str(error)
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(params is not None for params in pool.map(resume, range(4))) == 1
+    assert not (folder / "metrics.json").exists() and (folder / "notebook.1.ipynb").read_text() == "first"
+    (folder / "notebook.ipynb").write_text("second")
+    (folder / "status.json").unlink()                                  # as the message for another machine advises
+    ex.resume_run(folder, toy)
+    (folder / "notebook.ipynb").write_text("third")
+    (folder / "status.json").unlink()
+    ex.resume_run(folder, toy)
+    assert [(folder / f"notebook.{k}.ipynb").read_text() for k in (1, 2, 3)] == ["first", "second", "third"]
+
+
+def test_resume_refuses_what_has_changed(clone):
+    toy = ex.find_experiment("toy")
+    folder = ex.new_run(None, "toy", "smoke", {"seed": 0})             # of a time when there were no steps
+    ex.end(folder, "interrupted")
+    with pytest.raises(ValueError, match="other parameters now"):
+        ex.resume_run(folder, toy)
+    other = ex.new_run(None, "other", "smoke", {})
+    with pytest.raises(ValueError, match="a run of other, not of toy"):
+        ex.resume_run(other, toy)
+    assert ex.state_of(folder) == "interrupted" and not list(folder.glob("*.1.*"))
+
+
+def test_write_json_is_all_or_nothing(tmp_path):
+    path = tmp_path / "a.json"
+    ex.write_json(path, {"a": 1})
+    for value in ({"a": float("nan")}, {"a": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            ex.write_json(path, value)
+    assert ex.read_json(path) == {"a": 1}
+
+
+# ---- in a notebook --------------------------------------------------------------------------------------------------
+
+def test_a_run_by_hand_records_the_variables_of_the_notebook(clone):
+    python("run_dir, seed, steps = '', 3, 7\nfrom ncp_vae.engine.experiment import Run\n"
+           "run = Run.open(run_dir, 'toy')\nrun.metric('a', 1, paper=2)\nrun.finish()")
+    (folder,) = (clone / "runs" / "toy").iterdir()
+    record = ex.read_record(folder)
+    assert ex.state_of(folder) == "succeeded" and record["preset"] == "by hand"
+    assert record["params"] == dict(seed=3, steps=7) and record["metrics"] == {"a": ex.Metric(1.0, paper=2.0)}
+
+
+def test_a_kernel_that_ends_without_finish_leaves_its_metrics_and_no_record(clone):
+    python("from ncp_vae.engine.experiment import Run\nrun = Run.open('', 'toy')\nrun.metric('a', 1)\nimport os; os._exit(0)")
+    (folder,) = (clone / "runs" / "toy").iterdir()
+    assert ex.state_of(folder) == "killed" and json.loads((folder / "metrics.jsonl").read_text())["value"] == 1.0
+    with pytest.raises(ValueError, match="cannot read"):
+        ex.read_record(folder)
+
+
+def test_nobody_else_writes_into_a_run(clone, capsys):
+    "The executed notebook of a run names its folder: run again by hand, it must not touch what is there."
+    folder = ex.new_run(None, "toy", "smoke", {})                      # by this process, which is no kernel's parent
+    with pytest.raises(ValueError, match='run_dir = ""'):
+        ex.Run.open(folder, "toy")
+    ex.end(folder, "succeeded")
+    with pytest.raises(ValueError, match="never overwrites"):
+        ex.Run.open(folder, "toy")
+
+
+def test_metric_takes_tensors_and_refuses_the_rest(clone):
+    import torch
+    run = ex.Run(ex.new_run(None, "toy", "smoke", {}))
+    assert run.metric("a", torch.tensor(2.5), std_error=torch.tensor([0.5])) == ex.Metric(2.5, 0.5)
+    for value in (torch.ones(2), torch.tensor(torch.nan), "high", None):
+        with pytest.raises(ValueError, match="value must be"):
+            run.metric("b", value)
+    with pytest.raises(ValueError, match="no metric"):
+        ex.Run(run.dir).finish()
+    assert len((run.dir / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_once_survives_an_attempt(clone):
+    import torch
+    run = ex.Run(ex.new_run(None, "toy", "smoke", {}))
+    run.once("slow", lambda: dict(x=torch.arange(3), note="kept"))
+    again = ex.Run(run.dir).once("slow", lambda: pytest.fail("computed again"))
+    assert torch.equal(again["x"], torch.arange(3)) and again["note"] == "kept"
+
+
+@pytest.mark.parametrize("damage", [
+    {"commit": ...}, {"metrics": {}}, {"metrics": {"a": {"value": 1.0, "kind": "guess"}}}, {"metrics": {"a": {"valeu": 1.0}}},
+    {"metrics": {"a": 3}}, {"metrics": None}, {"params": {"seed": 1}}, {"preset": "full"},
+])
+def test_damaged_records_are_not_read(clone, damage):
+    run = ex.Run(ex.new_run(None, "toy", "smoke", {"seed": 0}))
+    run.metric("a", 1)
+    whole = ex.read_json(run.finish())
+    assert ex.read_record(run.dir)["metrics"]["a"].value == 1.0
+    ex.write_json(run.dir / "metrics.json", {k: v for k, v in {**whole, **damage}.items() if v is not ...})
+    with pytest.raises(ValueError, match="not the record of this run"):
+        ex.read_record(run.dir)
+
+
+def test_environment_describes_without_importing_torch():
+    code = "import json, sys; from ncp_vae.engine.experiment import environment; e = environment(); "
+    e = json.loads(python(code + "assert 'torch' not in sys.modules; print(json.dumps(e))"))
+    assert e["packages"]["torch"] and e["threads"] is None and e["cpus"] == os.cpu_count()
