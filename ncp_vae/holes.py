@@ -61,7 +61,7 @@ class AggregatePosterior:
                 parts.append(z[torch.arange(len(z), device=z.device)[:, None] < count])
             return torch.cat(parts)[torch.randperm(n, device=self.device)]
 
-# %% ../nbs/theory/03_prior_hole.ipynb #9f91ac73
+# %% ../nbs/theory/03_prior_hole.ipynb #e85dca84
 def scored_prior_draws(q: AggregatePosterior, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     "n draws of the prior and their hole scores, the deepest in a hole first: [n, *event], [n] in nats."
     with torch.no_grad(), seeded(generator):
@@ -69,6 +69,7 @@ def scored_prior_draws(q: AggregatePosterior, n: int, generator: torch.Generator
         score, order = q.score(z).sort()
     return z[order], score
 
+# %% ../nbs/theory/03_prior_hole.ipynb #52a3419c
 class HoleMass(NamedTuple):
     "A fraction of the prior's mass and its standard error."
     value: float
@@ -141,12 +142,13 @@ def mmd_p_value(x: Tensor, y: Tensor, permutations: int = 199, bandwidths: Seque
              - 2 * (second * to_first).sum(1) / (n * m))
     return float((value >= value[0] - 1e-12).double().mean())   # the observed labelling counts as one of them
 
-# %% ../nbs/theory/03_prior_hole.ipynb #2d97e564
+# %% ../nbs/theory/03_prior_hole.ipynb #7b729242
 class TwoSampleTest(NamedTuple):
     "Held-out accuracy of a classifier between two samples; 0.5 with this standard error where the laws agree."
     accuracy: float
     std_error: float     # of the accuracy under the null
 
+# %% ../nbs/theory/03_prior_hole.ipynb #e61a86be
 def c2st(x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> TwoSampleTest:
     """The classifier two-sample test: a small network is trained on half of the rows and scored on the others.
 

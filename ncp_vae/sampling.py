@@ -22,16 +22,16 @@ from .walk import Trace, seeded, tempered
 if TYPE_CHECKING:
     from ncp_vae.prior import NoiseContrastivePrior
 
-# %% ../nbs/theory/05_sampling.ipynb #1e0341b7
+# %% ../nbs/theory/05_sampling.ipynb #ae63cede
 def log_ratio_at(log_ratio: Callable[[Tensor], Tensor], z: Tensor, prior: Distribution) -> Tensor:
     """log r(z): [..., B], nats, in float32 or better. z: [..., B, *event]; prior: batch [B].
 
     Raises ValueError where log_ratio returns another shape, or the prior's batch is not [B]."""
     log_r, expected = log_ratio(z), z.shape[:z.dim() - len(prior.event_shape)]
     if log_r.shape != expected or len(prior.batch_shape) != 1:
-        shapes = [tuple(shape) for shape in (z.shape, log_r.shape, prior.batch_shape, prior.event_shape)]
         raise ValueError("log_ratio must map [..., B, *event] to [..., B] under a prior of batch [B]; "
-                         "latents of shape {} gave {}, and the prior has batch {} and event {}".format(*shapes))
+                         f"{tuple(z.shape)} gave {tuple(log_r.shape)}, and the prior has "
+                         f"batch {tuple(prior.batch_shape)} and event {tuple(prior.event_shape)}")
     return log_r.to(torch.promote_types(log_r.dtype, torch.float32))
 
 def check_log_weights(log_w: Tensor) -> Tensor:
@@ -41,11 +41,11 @@ def check_log_weights(log_w: Tensor) -> Tensor:
                          "the ratio network diverged or its input is not finite")
     return log_w
 
-# %% ../nbs/theory/05_sampling.ipynb #4c9575aa
+# %% ../nbs/theory/05_sampling.ipynb #7d2d2ab2
 BLOCK = 64    # proposals whose random numbers are drawn together, whatever the chunk size
 
 def propose(prior: Distribution, proposals: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    "Yield (z: [m, B, *event], Gumbel keys: [m, B]), m whole blocks of `chunk`, `proposals` in all."
+    "Yield (z: [m, B, *event], Gumbel keys: [m, B]), m = `chunk` in blocks, `proposals` in all."
     left = proposals
     while left:
         z, keys = [], []
@@ -83,9 +83,9 @@ def merge(a: Race, b: Race) -> Race:
                 torch.logaddexp(a.log_sum, b.log_sum),
                 torch.logaddexp(a.log_sum_squares, b.log_sum_squares))
 
-# %% ../nbs/theory/05_sampling.ipynb #c705c542
+# %% ../nbs/theory/05_sampling.ipynb #62400661
 class Sampler:
-    "Draws from r(z) p(z). A subclass defines `draw` for a group; `sample` walks all (section 3.4)."
+    "Draws from r(z) p(z). A subclass defines `draw`, for a group; `sample` walks all groups."
 
     def draw(self, log_ratio: Callable[[Tensor], Tensor], prior: Distribution,
              generator: torch.Generator | None = None) -> Tensor:
@@ -167,13 +167,13 @@ def effective_sample_size(log_weights: Tensor, dim: int) -> Tensor:
     "1 / sum of squared normalised weights along `dim`: from 1 to their number (footnote 4)."
     return torch.exp(2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim))
 
-# %% ../nbs/theory/05_sampling.ipynb #42c8805b
+# %% ../nbs/theory/05_sampling.ipynb #c0f943c7
 def pareto_k_hat(log_weights: Tensor) -> float:
     """Shape k of a generalised Pareto law fitted to the largest weights (as in PSIS).
 
     log_weights: [S]. Below 0.5 the weights have a variance, below 0.7 they are usable, above 1
-    they have not even a mean. NaN where fewer than 5 weights make a tail (S < 25, or ties); inf where
-    fewer than 5 of the tail count beside the largest (the others are smaller by 700 nats)."""
+    they have not even a mean. NaN where fewer than 5 weights make a tail (S < 25, or ties); inf
+    where fewer than 5 of the tail count beside the largest (the others are 700 nats smaller)."""
     log_w = log_weights.detach().double().sort().values
     tail = int(min(0.2 * len(log_w), 3 * len(log_w) ** 0.5))
     if tail < 5 or (log_w[-tail:] > log_w[-tail - 1]).sum() < 5:

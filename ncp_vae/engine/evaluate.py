@@ -43,7 +43,7 @@ def log_likelihoods(vae: TopDownVAE, images: Tensor, num_samples: int, seed: int
                                torch.Generator().manual_seed(seed * 1_000_003 + start)).cpu()
                           for start, part in enumerate(images.split(batch_size))])
 
-# %% ../../nbs/engine/evaluate.ipynb #e226efa9
+# %% ../../nbs/engine/evaluate.ipynb #feb68dd1
 @dataclass(frozen=True)
 class Likelihoods:
     "Test log-likelihoods in nats, base and NCP, and the NCP's gain over the base, paired by image."
@@ -61,9 +61,10 @@ def compare(ncp: NoiseContrastivePrior, images: Tensor, *, num_samples: int, log
     base = log_likelihoods(ncp.vae, images, num_samples, seed)
     estimate = log_likelihoods(ncp.vae, images, num_samples, seed, ncp.normalised_log_ratio)
     bound = log_likelihoods(ncp.vae, images, num_samples, seed, sir)
+    pool_error = log_z.std_error * (log_z_samples / proposals) ** 0.5        # the pool is a log Z of M samples
     return Likelihoods(average(base, "lower bound"), average(estimate, "estimate", log_z.std_error),
-                       average(bound, "lower bound"), average(estimate - base, "estimate", log_z.std_error),
-                       average(bound - base, "estimate")), log_z
+                       average(bound, "lower bound", pool_error), average(estimate - base, "estimate", log_z.std_error),
+                       average(bound - base, "estimate", pool_error)), log_z
 
 # %% ../../nbs/engine/evaluate.ipynb #c38692fd
 def sir_ess(ncp: NoiseContrastivePrior, n: int, proposals: int, seed: int) -> list[Score]:

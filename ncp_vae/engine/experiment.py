@@ -6,7 +6,8 @@
 __all__ = ['RANGE', 'PRESETS', 'KINDS', 'split_comment', 'inside', 'convert', 'Parameter', 'parse_parameter', 'parse_parameters',
            'unknown', 'Experiment', 'params_for', 'read_experiment', 'home', 'notebooks', 'find_experiment',
            'output_of', 'commit', 'environment', 'Metric', 'finite', 'write_json', 'read_json', 'alive', 'state_of',
-           'begin', 'end', 'new_run', 'resume_run', 'folder_for', 'Run', 'write_record', 'read_record']
+           'begin', 'end', 'fresh_folder', 'new_run', 'resume_run', 'check_resume', 'folder_for', 'Run', 'write_record',
+           'read_record']
 
 # %% ../../nbs/engine/experiment.ipynb #db339362
 import ast
@@ -339,16 +340,20 @@ def end(folder: Path, state: str, error: str | None = None) -> None:
     status = read_json(folder / "status.json")
     write_json(folder / "status.json", {**status, "state": state, "ended": time.time(), "error": error})
 
-# %% ../../nbs/engine/experiment.ipynb #19eca84c
+# %% ../../nbs/engine/experiment.ipynb #3f5256c7
+def fresh_folder(experiment: str, preset: str) -> Path:
+    "Make runs/EXPERIMENT/TIME-PRESET, numbered where another run began in the same second."
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + preset.replace(" ", "-")
+    for k in count(1):
+        folder = home() / "runs" / experiment / (stamp if k == 1 else f"{stamp}-{k}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
 def new_run(folder: str | Path | None, experiment: str, preset: str, params: dict) -> Path:
     "Make and claim the folder of a run; None: runs/EXPERIMENT/TIME-PRESET. ValueError where it is used or cannot be written."
-    if folder is None:
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + preset.replace(" ", "-")
-        wanted = home() / "runs" / experiment / stamp
-        folder = next(path for path in (wanted.with_name(stamp + end) for end in ["", *map("-{}".format, range(2, 999))])
-                      if not path.exists())
-    folder = Path(folder).absolute()
     try:
+        folder = fresh_folder(experiment, preset) if folder is None else Path(folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty, and a run never overwrites another: name a new folder, "
@@ -357,14 +362,34 @@ def new_run(folder: str | Path | None, experiment: str, preset: str, params: dic
             json.dump(dict(experiment=experiment, preset=preset, params=params), file, indent=1, allow_nan=False)
         begin(folder, attempt=1)
     except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): name another folder with --out") from None
+        raise ValueError(f"cannot write to {folder or home() / 'runs'} ({error.strerror}): "
+                         "name another folder with --out") from None
     return folder
 
-# %% ../../nbs/engine/experiment.ipynb #a49a4253
+# %% ../../nbs/engine/experiment.ipynb #1d3d62fe
 def resume_run(folder: str | Path, experiment: Experiment) -> dict:
     "Take up an unfinished run: set aside what its last attempt left and return the parameters. ValueError where it is none."
+    import fcntl
     folder = Path(folder).absolute()
-    asked, state, known = read_json(folder / "params.json"), state_of(folder), (folder / "status.json").exists()
+    asked = read_json(folder / "params.json")
+    with open(folder / "params.json", encoding="utf-8") as turn:
+        with suppress(OSError):     # a file system without locks
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        params = check_resume(folder, asked, experiment)
+        attempt = next(k for k in count(1) if not any(folder.glob(f"*.{k}.*")))
+        try:
+            for name in ("status.json", "metrics.json", "metrics.jsonl", "environment.json", "notebook.ipynb"):
+                if (path := folder / name).exists():
+                    path.rename(path.with_suffix(f".{attempt}{path.suffix}"))
+            begin(folder, attempt + 1)
+        except OSError as error:
+            raise ValueError(f"cannot resume {folder}: {error}") from None
+    return params
+
+# %% ../../nbs/engine/experiment.ipynb #bf79988e
+def check_resume(folder: Path, asked: dict, experiment: Experiment) -> dict:
+    "The parameters of a run that can be resumed; ValueError where it cannot."
+    state = state_of(folder)
     if asked.get("experiment") != experiment.name:
         raise ValueError(f"{folder} is a run of {asked.get('experiment')}, not of {experiment.name}")
     if state == "succeeded":
@@ -376,15 +401,6 @@ def resume_run(folder: str | Path, experiment: Experiment) -> dict:
     params = experiment.check(asked["params"])
     if set(params) != set(experiment.parameters) - {"run_dir"}:
         raise ValueError(f"{experiment.name} has other parameters now than when {folder} was started: start a new run")
-    attempt = next(k for k in count(1) if not any(folder.glob(f"*.{k}.*")))
-    try:
-        for name in ("status.json", "metrics.json", "metrics.jsonl", "environment.json", "notebook.ipynb"):
-            path = folder / name
-            if path.exists() or name == "status.json" and known:     # if it is gone by now, somebody else resumes
-                path.rename(path.with_suffix(f".{attempt}{path.suffix}"))
-        begin(folder, attempt + 1)
-    except OSError as error:
-        raise ValueError(f"cannot resume {folder}: {error}") from None
     return params
 
 # %% ../../nbs/engine/experiment.ipynb #6f19530a

@@ -6,7 +6,7 @@
 __all__ = ['collate', 'checked', 'EndlessBatches', 'batches', 'fit', 'keep', 'restore', 'open_history', 'VAELoss', 'fit_vae',
            'check_likelihood', 'NCELoss', 'fit_ncp']
 
-# %% ../../nbs/engine/train.ipynb #f708e27e
+# %% ../../nbs/engine/train.ipynb #9611d214
 import json
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ from .data import Rows
 from ..models.ratios import MLPRatio
 from ..nce import RatioEstimator, StagedRatio, nce_loss
 from ..prior import NoiseContrastivePrior
-from ..sampling import SIR, Sampler
+from ..sampling import Sampler
 from ..walk import TopDownVAE, draw, from_posterior
 
 # %% ../../nbs/engine/train.ipynb #57c0068e
@@ -184,10 +184,10 @@ def check_likelihood(vae: TopDownVAE, data, batch_size: int, seed: int) -> None:
         raise ValueError(f"images in [{x.min():.3g}, {x.max():.3g}] lie outside the likelihood's support "
                          f"({likelihood.support}): binarise them for a Bernoulli likelihood")
 
-# %% ../../nbs/engine/train.ipynb #fadc99cf
+# %% ../../nbs/engine/train.ipynb #c798604d
 class NCELoss(nn.Module):
     "Eq. 4, summed over the groups: one posterior walk gives the positives and the z_<k of all of them."
-    def __init__(self, vae: TopDownVAE, ratios: nn.ModuleList, base: NoiseContrastivePrior | None, sampler: Sampler):
+    def __init__(self, vae: TopDownVAE, ratios: nn.ModuleList, base: NoiseContrastivePrior | None, sampler: Sampler | None):
         super().__init__()
         self.ratios = ratios
         self.frozen = (vae, base, sampler)     # in a tuple: not parameters of this module
@@ -205,16 +205,19 @@ class NCELoss(nn.Module):
         named = {f"loss_{k}": value.detach() for k, value in enumerate(losses)} if len(losses) > 1 else {}
         return dict(loss=sum(losses), **named)
 
-# %% ../../nbs/engine/train.ipynb #abdde476
+# %% ../../nbs/engine/train.ipynb #ca64acd0
 def fit_ncp(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, ratios: Sequence[RatioEstimator] | None = None,
             steps: int, batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
-            sampler: Sampler = SIR(64), history: str | Path | None = None,
+            sampler: Sampler | None = None, history: str | Path | None = None,
             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
     """Stage two: freeze the VAE and train one classifier for each latent group (Eq. 3, 4), all at once.
 
     ratios: one `RatioEstimator` a group; None: `MLPRatio`s of App. I's size. base: an NCP that is already trained, for a
     further stage: the negatives are then `sampler`'s draws from it, and the result is the product of both.
-    The rest: see `fit`. Raises ValueError where the number of ratios is not the number of groups."""
+    The rest: see `fit`. Raises ValueError where the number of ratios is not the number of groups, or base or sampler is
+    given without the other."""
+    if (base is None) != (sampler is None):
+        raise ValueError("fit_ncp: a further stage needs base, the NCP trained so far, and sampler, which draws from it; give both")
     if ratios is None:
         torch.manual_seed(seed)
         ratios = [MLPRatio(z, c) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
