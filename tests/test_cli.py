@@ -1,0 +1,274 @@
+"""The command `ncp-vae`, driven as its users drive it: in processes, with signals, on small notebooks in a temporary clone."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ncp_vae.engine.experiment import read_record, state_of
+
+COMMAND = str(Path(sys.executable).parent / "ncp-vae")
+PARAMETERS = 'run_dir: str = ""\nseed: int = 0  # [0, inf)\nsteps: int = 3  # [1, inf) how many\nname: str = "a"  # {a, "b"}\n'
+OPEN = "from ncp_vae.engine.experiment import Run\nrun = Run.open(run_dir, NAME)\nrun.metric('before', 0.25)"
+FINISH = "run.metric('steps', steps, std_error=0.5, unit='1', n=steps, paper=4)\nrun.finish()"
+SLEEP = "import time\nrun.path('began').touch()\n"
+TRAIN = """import torch
+from ncp_vae.engine.train import fit_vae
+from ncp_vae.models.flat import DenseVAE
+torch.set_num_threads(1)
+images = torch.rand(64, 2, 2, generator=torch.Generator().manual_seed(0))
+torch.manual_seed(seed)
+vae = DenseVAE((2, 2), 2, hidden=(8,), sigma=0.1)
+fit_vae(vae, images, steps=steps, batch_size=8, lr=1e-3, seed=seed, history=run.path("history.jsonl"),
+        checkpoint=run.path("vae.pt"))"""
+NOTEBOOKS = {
+    "counts": [FINISH],
+    "raises": ["1 / 0", FINISH],
+    "vanishes": ["import os; os._exit(0)", FINISH],
+    "leaves": ["import sys; sys.exit(0)", FINISH],
+    "forgets": ["pass"],
+    "early": ["run.metric('steps', 1)\nrun.finish()", "assert False, 'after\\nthe record'"],
+    "sleeps": [SLEEP + "time.sleep(600)", FINISH],
+    "stubborn": [SLEEP + "while True:\n    try:\n        time.sleep(600)\n    except KeyboardInterrupt:\n        run.path('no').touch()",
+                 FINISH],
+    "trains": [TRAIN, FINISH],
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    "A clone with the notebooks above. Its name has characters that a shell and a formatter would trip over."
+    root = tmp_path_factory.mktemp("a {clone} of ours")
+    folder = root / "nbs" / "runs"
+    folder.mkdir(parents=True)
+    kernel = dict(name="python3", language="python", display_name="python3")
+    for name, cells in NOTEBOOKS.items():
+        cells = [(PARAMETERS, ["parameters"]), (OPEN.replace("NAME", repr(name)), []), *((cell, []) for cell in cells)]
+        pages = [dict(cell_type="markdown", id="title", metadata={}, source=f"# {name}\n\n> It {name}")]
+        pages += [dict(cell_type="code", id=f"cell{k}", metadata=dict(tags=tags), source=source, outputs=[], execution_count=None)
+                  for k, (source, tags) in enumerate(cells)]
+        (folder / f"{name}.ipynb").write_text(json.dumps(
+            dict(cells=pages, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    (folder / "counts.yaml").write_text("full: {steps: 1_000}\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(clone):
+    "Start the command; whatever still runs at the end of the tests is ended."
+    begun = []
+    def start(*arguments):
+        begun.append(subprocess.Popen([COMMAND, *map(str, arguments)], env={**os.environ, "NCP_VAE_HOME": str(clone)}, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return begun[-1]
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def ask(start):
+    "Run the command to its end: exit code, stdout, stderr."
+    def ask(*arguments):
+        process = start(*arguments)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+    return ask
+
+
+@pytest.fixture(scope="module")
+def ended(start, clone):
+    "The runs that end by themselves, side by side: name -> exit code, stdout, stderr, folder."
+    names = ["counts", "raises", "vanishes", "leaves", "forgets", "early"]
+    processes = {name: start("run", name, "--out", clone / "ended" / name, "-p", 'name="b"') for name in names}
+    outputs = {name: process.communicate(timeout=240) for name, process in processes.items()}
+    return {name: (processes[name].returncode, *outputs[name], clone / "ended" / name) for name in names}
+
+
+def wait_for(condition, what, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+# ---- without a kernel -----------------------------------------------------------------------------------------------
+
+def test_help_is_quick_and_names_the_exit_codes(ask):
+    start = time.monotonic()
+    code, out, _ = ask("--help")
+    assert code == 0 and all(word in out for word in ("list", "params", "run", "report", "130", "143"))
+    assert time.monotonic() - start < 5
+    loaded = subprocess.run([sys.executable, "-c", "import sys, ncp_vae.engine.cli; print(*sys.modules)"], text=True,
+                            capture_output=True).stdout.split()
+    assert not {"torch", "papermill", "nbformat", "yaml", "IPython"} & set(loaded)
+
+
+def test_list_and_params(ask, clone):
+    (clone / "nbs" / "runs" / "broken.ipynb").write_text("{")
+    code, out, _ = ask("list")
+    (clone / "nbs" / "runs" / "broken.ipynb").unlink()
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0 and lines["counts"] == "It counts" and "cannot be run" in lines["broken"] and len(lines) == len(NOTEBOOKS) + 1
+    code, out, _ = ask("params", "counts")
+    assert code == 0 and "run_dir" not in out
+    assert [line.split() for line in out.splitlines()[2:5]] == [
+        ["name", "type", "smoke", "full", "range", "meaning"], ["seed", "int", "0", "[0,", "inf)"],
+        ["steps", "int", "3", "1000", "[1,", "inf)", "how", "many"]]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["run", "count"], "did you mean 'counts'?"),
+    (["params", "count"], "did you mean 'counts'?"),
+    (["run", "counts", "-p", "stpes=3"], "did you mean 'steps'?"),
+    (["run", "counts", "-p", "steps=three"], "steps = 'three': expected a whole number"),
+    (["run", "counts", "-p", "steps=2.5"], "expected a whole number"),
+    (["run", "counts", "-p", "steps=0"], "steps = '0': must lie in [1, inf)"),
+    (["run", "counts", "-p", "name=c"], "must lie in {a, \"b\"}"),
+    (["run", "counts", "-p", "steps"], "expected NAME=VALUE"),
+    (["run", "counts", "-p", "steps=1", "-p", "steps=2"], "given twice"),
+    (["run", "counts", "-p", "run_dir=/x"], "--out"),
+    (["run", "counts", "--preset", "cpu"], "there are: smoke, full"),
+    (["run", "counts", "--resume", "nowhere"], "params.json"),
+    (["run", "counts", "--resume", "nowhere", "--preset", "full"], "leave out"),
+    (["run", "counts", "--out", "FILE/below"], "cannot write to"),
+    (["run", "counts", "--out", "FILE"], "cannot write to"),
+    (["run", "counts", "--out", "USED"], "never overwrites"),
+    (["report", "nowhere"], "no folder nowhere"),
+    (["sing"], "invalid choice"),
+    ([], "required"),
+])
+def test_bad_input_is_refused_before_anything_is_made(ask, clone, arguments, words):
+    (clone / "file").write_text("")
+    (clone / "used").mkdir(exist_ok=True)
+    (clone / "used" / "something").write_text("")
+    before = sorted(clone.rglob("*"))
+    code, out, err = ask(*(word.replace("FILE", str(clone / "file")).replace("USED", str(clone / "used")) for word in arguments))
+    assert code == 2 and words in err and "Traceback" not in err
+    assert sorted(clone.rglob("*")) == before
+
+
+# ---- runs that end by themselves ------------------------------------------------------------------------------------
+
+def test_a_run_that_succeeds(ended):
+    code, out, err, folder = ended["counts"]
+    assert code == 0 and state_of(folder) == "succeeded" and "3.00 +- 0.50 1 (estimate)" in out, err
+    raw = json.loads((folder / "metrics.json").read_text())
+    assert set(raw) == {"experiment", "preset", "params", "commit", "environment", "seconds", "metrics"}
+    assert raw["params"] == {"seed": 0, "steps": 3, "name": '"b"'} and raw["preset"] == "smoke"
+    assert raw["metrics"]["steps"] == dict(value=3.0, std_error=0.5, unit="1", kind="estimate", n=3, paper=4.0)
+    assert {"notebook.ipynb", "params.json", "environment.json", "log.txt"} <= {path.name for path in folder.iterdir()}
+    assert not any(path.suffix == ".part" for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name, why", [
+    ("raises", "cell In [4]: ZeroDivisionError: division by zero"),
+    ("vanishes", "cell In [4]: the kernel died"),
+    ("leaves", "In [4]"),
+    ("forgets", "ended without its record"),
+    ("early", "cell In [5]: AssertionError: after\nthe record"),
+])
+def test_runs_that_fail(ended, name, why):
+    code, out, err, folder = ended[name]
+    assert code == 1 and state_of(folder) == "failed" and why in err and "Traceback" not in err
+    assert f"--resume '{folder}'" in err and "metrics.jsonl" in err and why in status(folder)["error"]
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["value"] == 0.25
+
+
+def test_the_report_shows_results_only(ended, ask, clone):
+    code, out, _ = ask("report", clone / "ended")
+    results, _, others = out.partition("no results:")
+    assert code == 0 and [line.split()[2:] for line in results.splitlines()[1:] if line] == [
+        ["before", "0.25", "nats", "(estimate)", "-", "-", "counts"],
+        ["steps", "3.00", "+-", "0.50", "1", "(estimate)", "3", "4", "counts"]]
+    assert [line.split() for line in others.split("\n")[1:-1]] == [[name, "failed"] for name in
+                                                               ("early", "forgets", "leaves", "raises", "vanishes")]
+
+
+def test_the_report_does_not_show_a_damaged_record(ended, ask, clone):
+    path = ended["counts"][3] / "metrics.json"
+    whole = path.read_text()
+    try:
+        path.write_text(whole[:-20])
+        code, out, _ = ask("report", path.parent)
+    finally:
+        path.write_text(whole)
+    assert code == 0 and "no succeeded run" in out and "without a sound record" in out and "3.00" not in out
+
+
+def test_a_run_never_overwrites_another(ended, ask):
+    folder = ended["counts"][3]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert ask("run", "counts", "--out", folder)[0] == 2
+    code, _, err = ask("run", "counts", "--resume", folder)
+    assert code == 2 and "succeeded already" in err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+# ---- runs that are stopped ------------------------------------------------------------------------------------------
+
+def test_ctrl_c_keeps_the_training_and_resume_goes_on(start, ask, clone):
+    folder = clone / "stopped" / "train"
+    process = start("run", "trains", "-p", "steps=1500", "--out", folder)
+    wait_for(lambda: (folder / "history.jsonl").is_file(), "the first line of history")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and state_of(folder) == "interrupted" and "SIGINT in cell In [4]" in err
+    assert "vae.pt" in err and "jupyter lab" in err and "--resume" in err
+    assert (folder / "vae.pt").is_file() and not (folder / "metrics.json").exists()
+    assert "train  interrupted" in ask("report", clone / "stopped")[1]
+
+    code, out, err = ask("run", "trains", "--resume", folder)
+    assert code == 0, err
+    steps = [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert steps == list(range(50, 1501, 50))                          # nothing done twice, nothing left out
+    assert read_record(folder)["params"]["steps"] == 1500 and state_of(folder) == "succeeded"
+    assert (folder / "notebook.1.ipynb").is_file() and status(folder)["attempt"] == 2
+
+
+def test_a_scheduler_stops_a_run(start, clone):
+    folder = clone / "stopped" / "sleep"
+    process = start("run", "sleeps", "--out", folder)
+    wait_for((folder / "began").exists, "the cell")
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and state_of(folder) == "interrupted"
+
+
+def test_a_second_signal_ends_a_cell_that_does_not_stop(start, ask, clone):
+    folder = clone / "stopped" / "stubborn"
+    process = start("run", "stubborn", "--out", folder)
+    wait_for((folder / "began").exists, "the cell")
+    process.send_signal(signal.SIGINT)
+    wait_for((folder / "no").exists, "the cell to refuse")
+    assert state_of(folder) == "running"
+    code, _, err = ask("run", "stubborn", "--resume", folder)
+    assert code == 2 and "is being run" in err
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130 and state_of(folder) == "interrupted"
+
+
+def test_a_run_that_is_killed_is_no_result_and_leaves_no_kernel(start, ask, clone):
+    folder = clone / "stopped" / "killed"
+    process = start("run", "sleeps", "--out", folder)
+    wait_for((folder / "began").exists, "the cell")
+    (kernel,) = psutil.Process(process.pid).children()
+    assert "running" in ask("report", folder)[1]
+    process.kill()
+    process.communicate()
+    assert status(folder)["state"] == "running" and state_of(folder) == "killed"
+    out = ask("report", folder)[1]
+    assert "killed" in out and "0.25" not in out
+    wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, "the kernel to leave", 20)
