@@ -59,14 +59,16 @@ def site_target(page):
 
 
 def modules(floor):
-    "(dotted name, notebook path below nbs/, public names) of each exported module of a floor."
-    for path in sorted((ROOT / "ncp_vae" / FLOORS[floor]).glob("*.py")):
+    "(dotted name, notebook path below nbs/, public names) of each exported module of a floor, in the notebooks' order."
+    found = []
+    for path in (ROOT / "ncp_vae" / FLOORS[floor]).glob("*.py"):
         source = path.read_text(encoding="utf-8")
         origin = re.search(r"File to edit: (?:\.\./)+nbs/(\S+\.ipynb)", source)
         if origin:
             names = re.search(r"^__all__ = (\[.*?\])", source, re.M | re.S)
             dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            yield dotted, origin[1], ast.literal_eval(names[1])
+            found.append((dotted, origin[1], ast.literal_eval(names[1])))
+    return sorted(found, key=lambda module: module[1])
 
 
 def link_names(text, homes):
@@ -112,7 +114,7 @@ def stage():
     for path, page in TEXTS.items():
         write(page, relink((ROOT / path).read_text(encoding="utf-8"), Path(path).parent, site_target(page)))
     for floor in FLOORS:
-        found = list(modules(floor))
+        found = modules(floor)
         title = ".".join(["ncp_vae", *Path(FLOORS[floor]).parts])
         entries = "\n".join(f"   {module}" for module, _, _ in found)
         write(f"api/{floor}.rst", f"{title}\n{'=' * len(title)}\n\n.. toctree::\n   :maxdepth: 2\n\n{entries}\n")

@@ -6,8 +6,8 @@
 __all__ = ['PIECE', 'ELEMENTS', 'AggregatePosterior', 'scored_prior_draws', 'HoleMass', 'hole_mass', 'two_samples',
            'median_distance', 'rbf', 'mmd2', 'mmd_p_value', 'TwoSampleTest', 'c2st']
 
-# %% ../nbs/theory/03_prior_hole.ipynb #fbabad96
-from math import prod
+# %% ../nbs/theory/03_prior_hole.ipynb #0aca21d9
+from math import log, prod
 from typing import NamedTuple, Sequence
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .walk import TopDownVAE, from_posterior, from_prior, seeded
 
-# %% ../nbs/theory/03_prior_hole.ipynb #9730c14c
+# %% ../nbs/theory/03_prior_hole.ipynb #a6f1a0a3
 PIECE, ELEMENTS = 1000, 2**22    # images encoded at a time; numbers held at a time
 
 class AggregatePosterior:
@@ -27,28 +27,31 @@ class AggregatePosterior:
 
     def __init__(self, vae: TopDownVAE, x: Tensor):
         if len(vae.latent_shapes) != 1:
-            raise ValueError(f"AggregatePosterior: a flat VAE is needed, this one has {len(vae.latent_shapes)} latent groups")
+            raise ValueError("AggregatePosterior: a flat VAE is needed, this one has "
+                             f"{len(vae.latent_shapes)} latent groups")
         if len(x) == 0:
             raise ValueError("AggregatePosterior: at least one image is needed, got none")
         vae.eval()
         with torch.no_grad():
-            walks = [vae.walk(from_posterior(), evidence=vae.encode(piece)) for piece in x.split(PIECE)]
-            self.posteriors = [walk.steps[0].posterior for walk in walks]    # each of batch [at most PIECE]
-            self.prior = vae.walk(from_prior(), n=1).steps[0].prior          # batch [1]: every row has the same one
+            walks = [vae.walk(from_posterior(), evidence=vae.encode(part))
+                     for part in x.split(PIECE)]
+            self.posteriors = [walk.steps[0].posterior for walk in walks]    # batch [at most PIECE]
+            self.prior = vae.walk(from_prior(), n=1).steps[0].prior          # batch [1]
         self.event, self.n, self.device = vae.latent_shapes[0], len(x), x.device
 
     def log_prob(self, z: Tensor) -> Tensor:
-        "log q(z) = logsumexp_n log q(z | x_n) - log N. z: [M, *event] -> [M], nats; memory does not grow with M N."
+        "log q(z): [M], nats. z: [M, *event]. The M x N table is never held whole."
         rows = max(1, ELEMENTS // (min(self.n, PIECE) * prod(self.event)))
         parts = []
         for piece in z.split(rows):
-            terms = [q.log_prob(piece.unsqueeze(1).expand(-1, *q.batch_shape, *self.event)).logsumexp(1)
+            every = piece.unsqueeze(1)                                       # [m, 1, *event]
+            terms = [q.log_prob(every.expand(-1, *q.batch_shape, *self.event)).logsumexp(1)
                      for q in self.posteriors]
             parts.append(torch.stack(terms).logsumexp(0))
-        return torch.cat(parts) - torch.tensor(self.n).log()
+        return torch.cat(parts) - log(self.n)
 
     def score(self, z: Tensor) -> Tensor:
-        "The hole score log q(z) - log p(z), which is the log ratio that NCE looks for. z: [M, *event] -> [M], nats."
+        "s(z) = log q(z) - log p(z), the log ratio that NCE looks for. z: [M, *event] -> [M], nats."
         return self.log_prob(z) - self.prior.log_prob(z.unsqueeze(1)).squeeze(1)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -61,38 +64,39 @@ class AggregatePosterior:
                 parts.append(z[torch.arange(len(z), device=z.device)[:, None] < count])
             return torch.cat(parts)[torch.randperm(n, device=self.device)]
 
-# %% ../nbs/theory/03_prior_hole.ipynb #e85dca84
-def scored_prior_draws(q: AggregatePosterior, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    "n draws of the prior and their hole scores, the deepest in a hole first: [n, *event], [n] in nats."
+# %% ../nbs/theory/03_prior_hole.ipynb #362c02de
+def scored_prior_draws(q: AggregatePosterior, n: int,
+                       generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    "n draws of the prior and their hole scores, the lowest score first: [n, *event], [n] in nats."
     with torch.no_grad(), seeded(generator):
         z = q.prior.sample((n,)).squeeze(1)
         score, order = q.score(z).sort()
     return z[order], score
 
-# %% ../nbs/theory/03_prior_hole.ipynb #52a3419c
+# %% ../nbs/theory/03_prior_hole.ipynb #3a6069d8
 class HoleMass(NamedTuple):
     "A fraction of the prior's mass and its standard error."
     value: float
     std_error: float
 
 def hole_mass(scores: Tensor, threshold: float) -> HoleMass:
-    """The prior's mass of {z: log q(z) - log p(z) < -threshold}. scores: [n], of prior draws; threshold: t in nats.
+    """h_t, the prior's mass of {z: s(z) < -t}. scores: [n], of prior draws; threshold: t, nats.
 
-    The standard error is the binomial one at (hits + 1) / (n + 2), so that no hit is not mistaken for certainty."""
+    The standard error is the binomial one at (hits + 1) / (n + 2): no hit is not certainty."""
     n, hits = len(scores), int((scores < -threshold).sum())
     smoothed = (hits + 1) / (n + 2)
     return HoleMass(hits / n, (smoothed * (1 - smoothed) / n) ** 0.5)
 
-# %% ../nbs/theory/03_prior_hole.ipynb #5e194f21
+# %% ../nbs/theory/03_prior_hole.ipynb #eb3003a6
 def two_samples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     "Both samples flat and in float64: [N, D], [M, D]; ValueError where they cannot be compared."
     if x.shape[1:] != y.shape[1:]:
-        raise ValueError(f"two samples of different events: {tuple(x.shape[1:])} and {tuple(y.shape[1:])}")
+        raise ValueError(f"samples of unlike events: {tuple(x.shape[1:])} and {tuple(y.shape[1:])}")
     if min(len(x), len(y)) < 2:
-        raise ValueError(f"two samples of at least 2 rows each are needed, got {len(x)} and {len(y)}")
+        raise ValueError(f"samples of at least 2 rows each are needed, got {len(x)} and {len(y)}")
     x, y = x.detach().flatten(1).double(), y.detach().flatten(1).double()
     if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("two samples: a value is NaN or infinite, finite numbers were expected")
+        raise ValueError("samples: a value is NaN or infinite, finite numbers were expected")
     return x, y
 
 def median_distance(z: Tensor) -> float:
@@ -109,59 +113,62 @@ def rbf(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
     squared = torch.cdist(x, y).square()
     return sum(torch.exp(squared / (-2 * b**2)) for b in bandwidths) / len(bandwidths)
 
-# %% ../nbs/theory/03_prior_hole.ipynb #b8dcce71
+# %% ../nbs/theory/03_prior_hole.ipynb #4ff30424
 def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float] | None = None) -> float:
-    """The squared maximum mean discrepancy, unbiased (a U-statistic, so it can be negative), in float64.
+    """The squared maximum mean discrepancy, unbiased (a U-statistic, it can be negative); float64.
 
-    x: [N, *event], y: [M, *event]. bandwidths of the RBF kernel; None: the median distance between two rows of the
-    first 500 of each. Kernel blocks are computed in turn: memory does not grow with N M."""
+    x: [N, *event], y: [M, *event]. bandwidths of the RBF kernel; None: the median distance between
+    two rows of the first 500 of each. The kernel is computed in blocks and never held whole."""
     x, y = two_samples(x, y)
     bandwidths = bandwidths or [median_distance(torch.cat([x[:500], y[:500]]))]
     def total(a, b):
         return sum(rbf(rows, b, bandwidths).sum() for rows in a.split(max(1, ELEMENTS // len(b))))
     n, m = len(x), len(y)
-    within = (total(x, x) - n) / (n * (n - 1)) + (total(y, y) - m) / (m * (m - 1))    # k(x, x) = 1 is left out
+    within = (total(x, x) - n) / (n * (n - 1)) + (total(y, y) - m) / (m * (m - 1))    # no k(x, x)
     return float(within - 2 * total(x, y) / (n * m))
 
-# %% ../nbs/theory/03_prior_hole.ipynb #dfbfc867
-def mmd_p_value(x: Tensor, y: Tensor, permutations: int = 199, bandwidths: Sequence[float] | None = None,
+# %% ../nbs/theory/03_prior_hole.ipynb #d06799a7
+def mmd_p_value(x: Tensor, y: Tensor, permutations: int = 199,
+                bandwidths: Sequence[float] | None = None,
                 generator: torch.Generator | None = None) -> float:
-    """The permutation p-value of `mmd2`: how often a random relabelling of the pooled rows reaches the observed value.
+    """The permutation p-value of `mmd2`: the share of relabellings that reach the observed value.
 
-    x: [N, *event], y: [M, *event]. Valid at every level: P(p <= a) <= a where both laws agree; never below
-    1 / (permutations + 1). Holds the (N + M)^2 kernel; None: the median distance of all pooled rows."""
+    x: [N, *event], y: [M, *event]. Where the laws agree P(p <= a) <= a; p >= 1/(permutations + 1).
+    Holds the (N + M)^2 kernel. bandwidths None: the median distance of all pooled rows."""
     x, y = two_samples(x, y)
     n, m, z = len(x), len(y), torch.cat([x, y])
     kernel = rbf(z, z, bandwidths or [median_distance(z)]).fill_diagonal_(0)
     with seeded(generator):
         orders = [torch.arange(n + m)] + [torch.randperm(n + m) for _ in range(permutations)]
-    first = (torch.stack(orders) < n).to(kernel)                # [permutations + 1, N + M]: who counts as x
+    first = (torch.stack(orders) < n).to(kernel)    # [permutations + 1, N + M]: who counts as x
     second = 1 - first
     to_first, to_second = first @ kernel, second @ kernel
     value = ((first * to_first).sum(1) / (n * (n - 1)) + (second * to_second).sum(1) / (m * (m - 1))
              - 2 * (second * to_first).sum(1) / (n * m))
-    return float((value >= value[0] - 1e-12).double().mean())   # the observed labelling counts as one of them
+    return float((value >= value[0] - 1e-12).double().mean())    # value[0] is the observed one
 
-# %% ../nbs/theory/03_prior_hole.ipynb #7b729242
+# %% ../nbs/theory/03_prior_hole.ipynb #20886ca0
 class TwoSampleTest(NamedTuple):
-    "Held-out accuracy of a classifier between two samples; 0.5 with this standard error where the laws agree."
+    "Held-out accuracy of a classifier between two samples: 0.5 on average where the laws agree."
     accuracy: float
     std_error: float     # of the accuracy under the null
 
-# %% ../nbs/theory/03_prior_hole.ipynb #e61a86be
+# %% ../nbs/theory/03_prior_hole.ipynb #67397626
 def c2st(x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> TwoSampleTest:
-    """The classifier two-sample test: a small network is trained on half of the rows and scored on the others.
+    """The classifier two-sample test: a small network learns from half of the rows, the rest judge.
 
     x: [N, *event], y: [M, *event]; the first min(N, M) rows of each are used, at least 4."""
     x, y = two_samples(x, y)
     half = min(len(x), len(y)) // 2
     if half < 2:
         raise ValueError(f"c2st: at least 4 rows of each are needed, got {len(x)} and {len(y)}")
-    train, test = (torch.cat([x[part], y[part]]).float() for part in (slice(half), slice(half, 2 * half)))
+    train = torch.cat([x[:half], y[:half]]).float()
+    test = torch.cat([x[half:2 * half], y[half:2 * half]]).float()
     label = torch.arange(2 * half, device=x.device).ge(half).float()
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     with torch.enable_grad(), seeded(generator):
-        net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)).to(x.device)
+        net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+                            nn.Linear(64, 1)).to(x.device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
         for _ in range(200):
             optimizer.zero_grad()

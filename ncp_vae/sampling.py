@@ -22,16 +22,17 @@ from .walk import Trace, seeded, tempered
 if TYPE_CHECKING:
     from ncp_vae.prior import NoiseContrastivePrior
 
-# %% ../nbs/theory/05_sampling.ipynb #ae63cede
+# %% ../nbs/theory/05_sampling.ipynb #a684f565
 def log_ratio_at(log_ratio: Callable[[Tensor], Tensor], z: Tensor, prior: Distribution) -> Tensor:
     """log r(z): [..., B], nats, in float32 or better. z: [..., B, *event]; prior: batch [B].
 
     Raises ValueError where log_ratio returns another shape, or the prior's batch is not [B]."""
     log_r, expected = log_ratio(z), z.shape[:z.dim() - len(prior.event_shape)]
     if log_r.shape != expected or len(prior.batch_shape) != 1:
-        raise ValueError("log_ratio must map [..., B, *event] to [..., B] under a prior of batch [B]; "
-                         f"{tuple(z.shape)} gave {tuple(log_r.shape)}, and the prior has "
-                         f"batch {tuple(prior.batch_shape)} and event {tuple(prior.event_shape)}")
+        raise ValueError(
+            "log_ratio must map [..., B, *event] to [..., B] under a prior of batch [B]; latents "
+            f"of shape {tuple(z.shape)} gave {tuple(log_r.shape)}, and the prior has "
+            f"batch {tuple(prior.batch_shape)} and event {tuple(prior.event_shape)}")
     return log_r.to(torch.promote_types(log_r.dtype, torch.float32))
 
 def check_log_weights(log_w: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def whole(what: str, value: int) -> int:
         raise ValueError(f"{what} must be a whole number of at least 1, got {value}")
     return value
 
-# %% ../nbs/theory/05_sampling.ipynb #cebe6c51
+# %% ../nbs/theory/05_sampling.ipynb #43aeec4a
 @dataclass
 class Resampled:
     "What SIR chose for each row, and what its weights say."
@@ -121,6 +122,7 @@ class Resampled:
     log_mean_ratio: Tensor  # [B], log (1/M) sum_m r(z_m): an estimate of log Z, in nats
     ess: Tensor             # [B], effective sample size of the M weights
 
+# %% ../nbs/theory/05_sampling.ipynb #5757a4e2
 class SIR(Sampler):
     """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, odds r(z).
 
@@ -129,9 +131,10 @@ class SIR(Sampler):
     chunk is less than 1, a log ratio is NaN or +inf, or every weight of a row is zero."""
 
     def __init__(self, proposals: int | list[int], chunk: int | None = None):
-        self.proposals = proposals if isinstance(proposals, int) else list(proposals)
-        for budget in [proposals] if isinstance(proposals, int) else self.proposals:
-            whole("SIR: the number of proposals M", budget)
+        by_group = isinstance(proposals, (list, tuple))
+        budgets = proposals if by_group else [proposals]
+        budgets = [whole("SIR: the number of proposals M", budget) for budget in budgets]
+        self.proposals = budgets if by_group else proposals
         self.chunk = None if chunk is None else whole("SIR: chunk", chunk)
 
     def for_group(self, k):
@@ -162,10 +165,10 @@ class SIR(Sampler):
             raise ValueError(f"SIR: {len(self.proposals)} budgets for {groups} latent groups")
         return super().sample(ncp, n, temperature, generator)
 
-# %% ../nbs/theory/05_sampling.ipynb #9a8c2451
+# %% ../nbs/theory/05_sampling.ipynb #d8ef4f25
 def effective_sample_size(log_weights: Tensor, dim: int) -> Tensor:
     "1 / sum of squared normalised weights along `dim`: from 1 to their number (footnote 4)."
-    return torch.exp(2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim))
+    return 1 / log_weights.softmax(dim).square().sum(dim)
 
 # %% ../nbs/theory/05_sampling.ipynb #c0f943c7
 def pareto_k_hat(log_weights: Tensor) -> float:
@@ -247,7 +250,7 @@ def positive(what: str, value: float) -> float:
         raise ValueError(f"{what} must be a positive finite number, got {value}")
     return value
 
-# %% ../nbs/theory/05_sampling.ipynb #3d6a7d9b
+# %% ../nbs/theory/05_sampling.ipynb #98c22a61
 class Chain(Sampler):
     "B chains from draws of the prior, a density on all of R^n. A subclass defines `transition`."
 
@@ -264,7 +267,7 @@ class Chain(Sampler):
         return state, self.step_size
 
     def evolve(self, log_ratio, prior: Distribution, generator=None) -> Evolved:
-        "Run the chains. Raises ValueError where log r p or its gradient is not finite at a start."
+        "Run all chains from draws of the prior. ValueError: log r p or its gradient is not finite there."
         target = partial(evaluate, log_ratio, prior)
         with seeded(generator):
             z = prior.sample()

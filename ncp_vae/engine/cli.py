@@ -87,14 +87,14 @@ class Progress:
             self.at += 1
             say(f"In [{self.at}] of {self.of}  {self.heading.lstrip('# ')}")
 
-# %% ../../nbs/engine/cli.ipynb #6e400e51
+# %% ../../nbs/engine/cli.ipynb #769b4308
 @contextmanager
 def started_kernel(log, folder: Path):
     "A kernel of this Python, at work in `folder`; shut down at the end."
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
     manager = AsyncKernelManager(kernel_name="python3")
-    manager.kernel_spec.argv[0] = sys.executable
+    manager.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     run_sync(manager.start_kernel)(cwd=str(folder), stdout=log, stderr=log)
     try:
         yield manager
@@ -150,7 +150,7 @@ def reason(error: Exception, at: int) -> str:
         what, why = "the kernel died", "often the machine was out of memory"
     return f"cell In [{at}]: {what}: {why}".removesuffix(": ")
 
-# %% ../../nbs/engine/cli.ipynb #56e70a7a
+# %% ../../nbs/engine/cli.ipynb #f24193d3
 def run(args: argparse.Namespace) -> int:
     "ncp-vae run: a new run, or another attempt at an unfinished one."
     experiment = find_experiment(args.name)
@@ -169,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
         state, problem = attempt(experiment, folder, params, stop)
     return farewell(experiment, folder, state, problem, stop)
 
+# %% ../../nbs/engine/cli.ipynb #22ea89a7
 def assignments(pairs: list[str]) -> dict[str, str]:
     "['steps=3'] -> {'steps': '3'}; ValueError where one is no assignment, or a name comes twice."
     found = {}
@@ -211,7 +212,7 @@ def columns(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-# %% ../../nbs/engine/cli.ipynb #733d6564
+# %% ../../nbs/engine/cli.ipynb #c4035059
 def outcome(folder: Path) -> tuple[str, dict | None]:
     "The state of a run and, where it succeeded, its record."
     state = state_of(folder)
@@ -220,6 +221,7 @@ def outcome(folder: Path) -> tuple[str, dict | None]:
     except ValueError as error:
         return f"without a sound record: {error}", None
 
+# %% ../../nbs/engine/cli.ipynb #de30d2b7
 def report(args: argparse.Namespace) -> int:
     "ncp-vae report: the metrics of succeeded runs; the others by name and state only."
     roots = [Path(folder) for folder in args.folders] or [home() / "runs"]

@@ -403,7 +403,7 @@ def check_resume(folder: Path, asked: dict, experiment: Experiment) -> dict:
         raise ValueError(f"{experiment.name} has other parameters now than when {folder} was started: start a new run")
     return params
 
-# %% ../../nbs/engine/experiment.ipynb #6f19530a
+# %% ../../nbs/engine/experiment.ipynb #d9e79409
 def folder_for(run_dir: str | Path, experiment: str) -> Path:
     "The folder that the command made for this kernel; otherwise a new one at run_dir, or under runs for ''."
     if run_dir and state_of(run_dir) == "running":
@@ -416,7 +416,7 @@ def folder_for(run_dir: str | Path, experiment: str) -> Path:
     known = read_experiment(notebooks()[experiment]).parameters if experiment in notebooks() else {}
     params = {name: values[name] for name in known if name in values and name != "run_dir"}
     folder = new_run(run_dir or None, experiment, "by hand", params)
-    print(f"a run by hand, in {folder}")
+    print(f"a run by hand, in {folder.relative_to(home()) if folder.is_relative_to(home()) else folder}")
     return folder
 
 # %% ../../nbs/engine/experiment.ipynb #87d3b14d

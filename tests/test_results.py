@@ -1,0 +1,42 @@
+"""The committed results: whole records of runs that succeeded, and the same numbers in the README."""
+import json
+from pathlib import Path
+
+import pytest
+
+from ncp_vae.engine.experiment import KINDS, find_experiment
+
+ROOT = Path(__file__).parents[1]
+RUNS = sorted(path.parent for path in (ROOT / "results").glob("*/params.json"))
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_a_committed_run_is_whole(folder):
+    assert json.loads((folder / "status.json").read_text())["state"] == "succeeded"
+    record = json.loads((folder / "metrics.json").read_text())
+    experiment = find_experiment(record["experiment"])
+    assert experiment.check(record["params"]) == record["params"]          # its parameters are still the experiment's
+    assert set(record["params"]) == set(experiment.parameters) - {"run_dir"}
+    assert record["commit"] and not record["commit"].endswith("-dirty")
+    assert all(metric["kind"] in KINDS for metric in record["metrics"].values())
+    assert list((folder / "figures").glob("*.png"))
+
+
+@pytest.mark.parametrize("name, keys", [("gaussians25", ["ll_base", "ll_ncp"]), ("fashion_mnist", ["nll_base", "nll_ncp", "nll_gain"]),
+                                        ("mnist5k", ["nll_base", "nll_ncp", "nll_gain"])])
+def test_the_readme_says_what_the_runs_found(name, keys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    metrics = json.loads((ROOT / "results" / name / "metrics.json").read_text())["metrics"]
+    for key in keys:
+        assert f"| {name} | {key} | {metrics[key]['value']:.3f} ± {metrics[key]['std_error']:.3f} |" in readme, (name, key)
+
+
+def test_what_the_readme_claims():
+    """The toy's NCP beats the paper's value and its own base; on images the gain is at least three of its standard errors."""
+    def metrics(name):
+        return json.loads((ROOT / "results" / name / "metrics.json").read_text())["metrics"]
+    toy = metrics("gaussians25")
+    assert toy["ll_ncp"]["value"] > -0.6 and toy["modes_ncp"]["value"] == 25 and toy["good_fraction_ncp"]["value"] > 0.88
+    for name in ("fashion_mnist", "mnist5k"):
+        gain = metrics(name)["nll_gain"]
+        assert gain["value"] > 3 * gain["std_error"] > 0
