@@ -84,9 +84,9 @@ def merge(a: Race, b: Race) -> Race:
                 torch.logaddexp(a.log_sum, b.log_sum),
                 torch.logaddexp(a.log_sum_squares, b.log_sum_squares))
 
-# %% ../nbs/theory/05_sampling.ipynb #62400661
+# %% ../nbs/theory/05_sampling.ipynb #762ad30a
 class Sampler:
-    "Draws from r(z) p(z). A subclass defines `draw`, for a group; `sample` walks all groups."
+    "Draws from r(z) p(z). A subclass defines `draw` for one group; `sample` walks all."
 
     def draw(self, log_ratio: Callable[[Tensor], Tensor], prior: Distribution,
              generator: torch.Generator | None = None) -> Tensor:
@@ -220,7 +220,7 @@ def leapfrog(target: Callable[[Tensor], State], state: State, momentum: Tensor, 
         momentum = momentum + 0.5 * step * state.gradient
     return state, momentum
 
-# %% ../nbs/theory/05_sampling.ipynb #bd8699b7
+# %% ../nbs/theory/05_sampling.ipynb #bbaba1b9
 def kinetic(momentum: Tensor) -> Tensor:
     "Half the squared length of each row's momentum: [B, *event] -> [B]."
     return 0.5 * momentum.square().reshape(len(momentum), -1).sum(1)
@@ -231,7 +231,7 @@ def metropolis(target: Callable[[Tensor], State], state: State, step: float,
     momentum = torch.randn_like(state.z)
     proposal, end = leapfrog(target, state, momentum, step, steps)
     log_alpha = proposal.log_target - kinetic(end) - state.log_target + kinetic(momentum)
-    alpha = torch.where(log_alpha < inf, log_alpha, -inf).exp().clamp(max=1)   # not NaN, +inf
+    alpha = torch.where(log_alpha < inf, log_alpha, -inf).exp().clamp(max=1)  # NaN, +inf: reject
     accept = torch.rand_like(alpha) < alpha
     return State(*(pick_rows(accept, new, old) for new, old in zip(proposal, state))), alpha
 
@@ -250,7 +250,7 @@ def positive(what: str, value: float) -> float:
         raise ValueError(f"{what} must be a positive finite number, got {value}")
     return value
 
-# %% ../nbs/theory/05_sampling.ipynb #98c22a61
+# %% ../nbs/theory/05_sampling.ipynb #3d6a7d9b
 class Chain(Sampler):
     "B chains from draws of the prior, a density on all of R^n. A subclass defines `transition`."
 
@@ -267,7 +267,7 @@ class Chain(Sampler):
         return state, self.step_size
 
     def evolve(self, log_ratio, prior: Distribution, generator=None) -> Evolved:
-        "Run all chains from draws of the prior. ValueError: log r p or its gradient is not finite there."
+        "Run the chains. Raises ValueError where log r p or its gradient is not finite at a start."
         target = partial(evaluate, log_ratio, prior)
         with seeded(generator):
             z = prior.sample()

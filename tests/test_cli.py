@@ -182,7 +182,7 @@ def test_a_run_that_succeeds(ended):
     ("raises", "cell In [4]: ZeroDivisionError: division by zero"),
     ("vanishes", "cell In [4]: the kernel died"),
     ("leaves", "In [4]"),
-    ("forgets", "ended without its record"),
+    ("forgets", "it ended without its record"),
     ("early", "cell In [5]: AssertionError: after\nthe record"),
 ])
 def test_runs_that_fail(ended, name, why):
@@ -197,7 +197,7 @@ def test_the_report_shows_results_only(ended, ask, clone):
     results, _, others = out.partition("no results:")
     assert code == 0 and [line.split()[2:] for line in results.splitlines()[1:] if line] == [
         ["before", "0.25", "nats", "(estimate)", "-", "-", "counts"],
-        ["steps", "3.00", "+-", "0.50", "1", "(estimate)", "3", "4", "counts"]]
+        ["steps", "3.00", "+-", "0.50", "1", "(estimate)", "3", "4.0", "counts"]]
     assert [line.split() for line in others.split("\n")[1:-1]] == [[name, "failed"] for name in
                                                                ("early", "forgets", "leaves", "raises", "vanishes")]
 

