@@ -250,7 +250,7 @@ def test_damaged_records_are_not_read(clone, damage):
     whole = ex.read_json(run.finish())
     assert ex.read_record(run.dir)["metrics"]["a"].value == 1.0
     ex.write_json(run.dir / "metrics.json", {k: v for k, v in {**whole, **damage}.items() if v is not ...})
-    with pytest.raises(ValueError, match="not the record of this run"):
+    with pytest.raises(ValueError, match="is not its record"):
         ex.read_record(run.dir)
 
 

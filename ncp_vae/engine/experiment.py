@@ -95,7 +95,7 @@ class Parameter:
             raise ValueError(f"parameter {self.name} = {value!r}: must lie in {self.range}")
         return converted
 
-# %% ../../nbs/engine/experiment.ipynb #6fef3d83
+# %% ../../nbs/engine/experiment.ipynb #58249964
 def parse_parameter(node: ast.stmt, comment: str) -> Parameter:
     "One statement of a parameters cell; ValueError where it is not `name: type = literal`."
     try:
@@ -104,8 +104,8 @@ def parse_parameter(node: ast.stmt, comment: str) -> Parameter:
             raise ValueError
     except (AttributeError, ValueError):
         raise ValueError(f"`{ast.unparse(node)}` is not `name: type = literal`, with int, float, "
-                         "bool or str as the type; values that follow from others belong in the next "
-                         "cell") from None
+                         "bool or str as the type; values that follow from others belong in "
+                         "the next cell") from None
     range_, help_ = split_comment(comment)
     if range_.startswith(("[", "(")) and type_ not in ("int", "float"):
         raise ValueError(f"{name} is no number: its range is words in braces, not {range_}")
@@ -177,7 +177,7 @@ class Experiment:
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-# %% ../../nbs/engine/experiment.ipynb #95717290
+# %% ../../nbs/engine/experiment.ipynb #ec33db14
 def params_for(experiment: Experiment, preset: str = "smoke",
                overrides: dict | None = None) -> dict:
     "All parameters but run_dir: the defaults, changed by the preset, changed by `overrides`."
@@ -187,6 +187,7 @@ def params_for(experiment: Experiment, preset: str = "smoke",
     defaults = {name: p.default for name, p in experiment.parameters.items() if name != "run_dir"}
     return {**defaults, **presets[preset], **experiment.check(overrides or {})}
 
+# %% ../../nbs/engine/experiment.ipynb #5c0d2801
 def read_experiment(notebook: str | Path) -> Experiment:
     "Name, subtitle and parameters of a run notebook; ValueError says what is wrong with it."
     notebook = Path(notebook)
@@ -243,7 +244,7 @@ def commit() -> str | None:
         return None
     return head + ("-dirty" if output_of(*git, "status", "--porcelain") else "")
 
-# %% ../../nbs/engine/experiment.ipynb #c86535ea
+# %% ../../nbs/engine/experiment.ipynb #300a666e
 PACKAGES = ("ncp-vae", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "papermill",
             "ipykernel")
 
@@ -260,7 +261,8 @@ def environment() -> dict:
                      "--format=csv,noheader")
     return dict(commit=commit(), python=platform.python_version(), platform=platform.platform(),
                 packages=versions, cpu=cpu[1] if cpu else platform.processor(),
-                cpus=os.cpu_count(), gpus=gpus.splitlines(), cuda=torch.version.cuda if torch else None,
+                cpus=os.cpu_count(), gpus=gpus.splitlines(),
+                cuda=torch.version.cuda if torch else None,
                 cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
                 threads=torch.get_num_threads() if torch else None)
 
@@ -488,7 +490,7 @@ class Run:
         write_record(self)
         return self.dir / "metrics.json"
 
-# %% ../../nbs/engine/experiment.ipynb #2b52da9d
+# %% ../../nbs/engine/experiment.ipynb #388303fe
 def write_record(run: Run) -> None:
     "Write metrics.json, and the status of a run by hand."
     if not run.metrics:
@@ -514,4 +516,4 @@ def read_record(folder: str | Path) -> dict:
         metrics = {name: Metric(**fields) for name, fields in record["metrics"].items()}
         return {**record, "metrics": metrics}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"metrics.json in {folder} is not the record of this run: {error}") from None
+        raise ValueError(f"metrics.json in {folder} is not its record: {error}") from None
