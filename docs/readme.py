@@ -9,12 +9,14 @@ from nbconvert import MarkdownExporter
 sys.path.insert(0, str(Path(__file__).parent))
 from build import ROOT, relink, visible
 
-PLAIN = {"NbConvertBase": {"display_data_priority": ["text/markdown", "image/png", "text/plain"]}}     # no HTML tables
+PLAIN = {"NbConvertBase": {"display_data_priority": ["text/markdown", "image/png", "text/plain"]},      # no HTML tables
+         "TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"remove-input"}}}
 
 
 def readme():
     "{path in the repository: content} of README.md and of its figures."
     notebook = visible(nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4))
+    notebook.metadata["language_info"] = {"name": "python"}        # so that code blocks are marked as Python
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, "nbs", str)

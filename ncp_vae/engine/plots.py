@@ -36,22 +36,22 @@ def montage(images: Tensor, columns: int) -> Tensor:
         picture[:, top:top + height, left:left + width] = image
     return picture[0] if channels == 1 else picture.permute(1, 2, 0)
 
-# %% ../../nbs/engine/plots.ipynb #6c33fc16
+# %% ../../nbs/engine/plots.ipynb #f6ec420c
 def image_panels(panels: dict[str, Tensor], columns: int = 8) -> plt.Figure:
     "Montages side by side, each under its title. Values: [N, C, H, W] in [0, 1]; grey images are drawn dark on white."
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.5), squeeze=False)
     for ax, (title, images) in zip(axes[0], panels.items()):
-        ax.imshow(montage(images, columns), cmap="gray_r", vmin=0, vmax=1)
+        ax.imshow(montage(images, columns), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         ax.set_title(title)
         ax.axis("off")
     return fig
 
-# %% ../../nbs/engine/plots.ipynb #846f7c93
+# %% ../../nbs/engine/plots.ipynb #a852d4a4
 def neighbour_rows(samples: Tensor, neighbours: Tensor) -> plt.Figure:
     "Samples [N, C, H, W] in the first row, their k nearest training images [N, k, C, H, W] below each (as Fig. 6, 7)."
     rows = torch.cat([samples[:, None], neighbours], dim=1).transpose(0, 1)      # [1 + k, N, C, H, W]
     fig, ax = plt.subplots(figsize=(0.6 * len(samples) + 0.6, 0.6 * len(rows) + 0.3))
-    ax.imshow(montage(rows.flatten(0, 1).cpu(), len(samples)), cmap="gray_r", vmin=0, vmax=1)
+    ax.imshow(montage(rows.flatten(0, 1).cpu(), len(samples)), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     height = samples.shape[-2] + 1
     ax.axhline(height, color=COLORS["NCP"])
     ax.set_yticks([height * (i + 0.5) for i in range(len(rows))], ["sample"] + [f"{i}." for i in range(1, len(rows))])
