@@ -195,7 +195,7 @@ def assignments(pairs: list[str]) -> dict[str, str]:
         found[name] = value
     return found
 
-# %% ../../nbs/engine/cli.ipynb #33f541e7
+# %% ../../nbs/engine/cli.ipynb #302933bf
 def farewell(experiment: Experiment, folder: Path, state: str, problem: str | None,
              stop: Stop) -> int:
     "Say how the run ended, what there is and what can be done next; return the exit code."
@@ -204,7 +204,7 @@ def farewell(experiment: Experiment, folder: Path, state: str, problem: str | No
         record = read_record(folder)
         rows = [["  " + name, measure(metric)] for name, metric in record["metrics"].items()]
         say(f"succeeded in {record['seconds']:.1f} s\n{columns(rows)}")
-        say(look)
+        say(f"{look}\nits figures:  {folder / 'figures'}")
         return 0
     kept = ", ".join(sorted(path.name for path in folder.iterdir()))
     again = f"ncp-vae run {experiment.name} --resume {shlex.quote(str(folder))}"
