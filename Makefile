@@ -9,6 +9,10 @@ READY  := .venv/ready
 NBDEV  := env -u IN_TEST $(BIN)
 DEMO   := $(BIN)/ncp-vae run digits --preset cpu
 
+# The models that run here are small: a second thread hardly helps them, and on a busy machine threads that wait for each other
+# made a step ten times slower.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: help demo test docs lab export readme notebook clean
 
 help:
