@@ -7,10 +7,11 @@ __all__ = ['BLOCK', 'WARM_UP', 'ACCEPTANCE', 'JITTER', 'log_ratio_at', 'check_lo
            'race', 'merge', 'Sampler', 'whole', 'Resampled', 'SIR', 'effective_sample_size', 'pareto_k_hat', 'State',
            'evaluate', 'leapfrog', 'kinetic', 'metropolis', 'Evolved', 'positive', 'Chain', 'Langevin', 'MALA', 'HMC']
 
-# %% ../nbs/theory/05_sampling.ipynb #6987e5ba
+# %% ../nbs/theory/05_sampling.ipynb #9ff7e5c8
 from dataclasses import dataclass
 from functools import partial, reduce
 from math import exp, inf, isfinite, log, sqrt
+from operator import index
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple
 
 import torch
@@ -107,12 +108,12 @@ class Sampler:
         with torch.no_grad():
             return ncp.vae.walk(choose, n=n)
 
-# %% ../nbs/theory/05_sampling.ipynb #fc7161a8
+# %% ../nbs/theory/05_sampling.ipynb #1e828d95
 def whole(what: str, value: int) -> int:
     "value, a whole number of at least 1; else a ValueError that says what it is and names it."
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, got {value}")
-    return value
+    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
+    return index(value)
 
 # %% ../nbs/theory/05_sampling.ipynb #43aeec4a
 @dataclass
@@ -122,7 +123,7 @@ class Resampled:
     log_mean_ratio: Tensor  # [B], log (1/M) sum_m r(z_m): an estimate of log Z, in nats
     ess: Tensor             # [B], effective sample size of the M weights
 
-# %% ../nbs/theory/05_sampling.ipynb #5757a4e2
+# %% ../nbs/theory/05_sampling.ipynb #b041f91a
 class SIR(Sampler):
     """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, odds r(z).
 
@@ -134,7 +135,7 @@ class SIR(Sampler):
         by_group = isinstance(proposals, (list, tuple))
         budgets = proposals if by_group else [proposals]
         budgets = [whole("SIR: the number of proposals M", budget) for budget in budgets]
-        self.proposals = budgets if by_group else proposals
+        self.proposals = budgets if by_group else budgets[0]
         self.chunk = None if chunk is None else whole("SIR: chunk", chunk)
 
     def for_group(self, k):
@@ -144,7 +145,7 @@ class SIR(Sampler):
         "One streaming pass over M proposals: z, the estimate of log Z and the ESS of each row."
         if not isinstance(self.proposals, int):
             raise ValueError("SIR has a budget for each group: use sample, or for_group(k) first")
-        chunk = self.chunk or max(BLOCK, 2**16 // max(1, prior.batch_shape.numel()))
+        chunk = self.chunk or max(1, 2**16 // max(1, prior.batch_shape.numel()))
         def weigh(z):
             parts = [log_ratio_at(log_ratio, part, prior) for part in z.split(chunk)]
             return check_log_weights(torch.cat(parts))

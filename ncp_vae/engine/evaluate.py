@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PART', 'Score', 'average', 'log_likelihoods', 'Likelihoods', 'compare', 'sir_ess', 'block_mmd2', 'nearest']
 
-# %% ../../nbs/engine/evaluate.ipynb #d4b4422c
+# %% ../../nbs/engine/evaluate.ipynb #97d2ee0a
 from dataclasses import dataclass
 from typing import Callable
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from ..bound import iwae
 from ..holes import mmd2
 from ..prior import Estimate, NoiseContrastivePrior
-from ..sampling import SIR, Resampled
-from ..walk import TopDownVAE, tempered
+from ..sampling import SIR
+from ..walk import TopDownVAE, from_prior
 
 # %% ../../nbs/engine/evaluate.ipynb #77fef826
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ def average(values: Tensor, kind: str, extra_std_error: float = 0.0) -> Score:
     std_error = (values.var(unbiased=True) / len(values)).item() if len(values) > 1 else float("inf")
     return Score(values.mean().item(), (std_error + extra_std_error**2) ** 0.5, kind, len(values))
 
-# %% ../../nbs/engine/evaluate.ipynb #176d2146
+# %% ../../nbs/engine/evaluate.ipynb #ba0f198e
 def log_likelihoods(vae: TopDownVAE, images: Tensor, num_samples: int, seed: int,
                     log_ratio: Callable[[list[Tensor]], Tensor] | None = None) -> Tensor:
     "The IWAE value of each image: [N], nats. images: [N, *image]. The same seed gives the same posterior draws."
-    device = next(vae.parameters()).device
     with torch.no_grad():
+        device = vae.walk(from_prior(), n=1).latents[0].device
         return iwae(vae, images.to(device), num_samples, log_ratio, torch.Generator().manual_seed(seed)).cpu()
 
 # %% ../../nbs/engine/evaluate.ipynb #ebea1eb8

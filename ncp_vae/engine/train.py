@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['collate', 'checked', 'EndlessBatches', 'batches', 'Training', 'advance', 'open_history', 'fit', 'run_steps',
-           'VAELoss', 'fit_vae', 'check_likelihood', 'NCELoss', 'fit_ncp']
+           'VAELoss', 'fit_vae', 'try_out', 'NCELoss', 'stages', 'fit_ncp']
 
-# %% ../../nbs/engine/train.ipynb #9611d214
+# %% ../../nbs/engine/train.ipynb #a0f78e9f
 import json
 import time
 from pathlib import Path
@@ -24,13 +24,17 @@ from .data import Rows
 from ..models.ratios import MLPRatio
 from ..nce import RatioEstimator, StagedRatio, nce_loss
 from ..prior import NoiseContrastivePrior
-from ..sampling import Sampler
-from ..walk import TopDownVAE, draw, from_posterior
+from ..sampling import Sampler, log_ratio_at
+from ..walk import TopDownVAE, check_trace, draw, from_posterior
 
-# %% ../../nbs/engine/train.ipynb #57c0068e
+# %% ../../nbs/engine/train.ipynb #b0c472f0
 def collate(rows) -> Tensor:
     "Rows of a Dataset, with labels or without, as one batch [B, *image]."
-    return rows if isinstance(rows, Tensor) else torch.stack([row[0] if isinstance(row, (list, tuple)) else row for row in rows])
+    rows = rows if isinstance(rows, Tensor) else [row[0] if isinstance(row, (list, tuple)) else row for row in rows]
+    wrong = [type(row).__name__ for row in rows if not isinstance(row, Tensor)]
+    if wrong:
+        raise ValueError(f"a data set must give each image as a Tensor, alone or before its label; it gave {wrong[0]}")
+    return rows if isinstance(rows, Tensor) else torch.stack(rows)
 
 def checked(batch: Tensor) -> Tensor:
     "The batch, or a ValueError where it is not finite floating point."
@@ -40,7 +44,7 @@ def checked(batch: Tensor) -> Tensor:
         raise ValueError("the data holds NaN or infinite values: clean it before training")
     return batch
 
-# %% ../../nbs/engine/train.ipynb #c8da549c
+# %% ../../nbs/engine/train.ipynb #df977dc6
 class EndlessBatches:
     "Index batches `start`, `start + 1`, ... for ever; a new permutation each epoch, a function of seed and step alone."
     def __init__(self, n: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
@@ -63,20 +67,28 @@ def batches(data: Tensor | Dataset | DataLoader, batch_size: int, seed: int, sta
     "Endless batches [B, *image]. A DataLoader is used as it is, epoch after epoch (and begins anew at a resume)."
     if isinstance(data, DataLoader):
         while True:
+            found = False
             for batch in data:
+                found = True
                 yield checked(batch[0] if isinstance(batch, (list, tuple)) else batch)
+            if not found:
+                raise ValueError("the DataLoader gives no batch: its data set is empty, or smaller than a batch with drop_last")
     data = Rows(data) if isinstance(data, Tensor) else data
     index_batches = EndlessBatches(len(data), batch_size, seed, start, rank, world)
     own = torch.Generator()      # the loader's start-up draw must not come from the step's random numbers
     for batch in DataLoader(data, batch_sampler=index_batches, collate_fn=collate, generator=own):
         yield checked(batch)
 
-# %% ../../nbs/engine/train.ipynb #eec9f421
+# %% ../../nbs/engine/train.ipynb #3fafff46
 class Training:
     "What changes while `loss` is trained, and where it is kept; begins at the step of `checkpoint` where that exists."
 
     def __init__(self, loss: nn.Module, settings: dict, checkpoint: str | Path | None):
         self.settings, self.checkpoint, self.accelerator = settings, checkpoint, Accelerator()
+        if not list(loss.parameters()):
+            raise ValueError(f"{settings['name']}: there is no parameter to train")
+        if checkpoint is not None:
+            checkpoints.claim(checkpoint)
         optimizer = torch.optim.Adam(loss.parameters(), settings["lr"])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["steps"], min(1e-7, settings["lr"]))
         self.model, self.optimizer = self.accelerator.prepare(loss, optimizer)
@@ -102,7 +114,7 @@ class Training:
             checkpoints.save(self.checkpoint, dict(settings=self.settings, step=self.step, **state))
         self.kept = self.step
 
-# %% ../../nbs/engine/train.ipynb #e75023f0
+# %% ../../nbs/engine/train.ipynb #74ac07d2
 def advance(training: Training, stream: Iterator[Tensor]) -> dict[str, Tensor]:
     "One step on the next batch; its loss and what else is logged. FloatingPointError before it where that is not finite."
     at, accelerator = training.step, training.accelerator
@@ -120,25 +132,27 @@ def open_history(path: str | Path | None):
     "A function that appends one JSON line a call to `path` (None: nowhere)."
     if path is None:
         return lambda row: None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.claim(path)
     def log(row: dict) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return log
 
-# %% ../../nbs/engine/train.ipynb #93d446e5
-def fit(loss: nn.Module, data, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
+# %% ../../nbs/engine/train.ipynb #f54626a4
+def fit(loss: nn.Module, data, *, steps: int, batch_size: int, lr: float, seed: int, name: str, about: dict = {},
         history: str | Path | None = None, checkpoint: str | Path | None = None, log_every: int = 50,
         save_every: float = 60.0) -> None:
     """The loop that both stages share: Adam, a cosine from `lr` to 1e-7, one line of history every `log_every` steps.
 
     loss: a module whose forward(x, step) returns a dict of scalars, "loss" among them; its parameters are trained.
+    about: plain values that describe it, which a checkpoint must agree with, as with the settings named here.
     history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C and at the
     end; where it exists already the training goes on from it, bit for bit on a CPU.
     Raises ValueError on bad settings or data, FloatingPointError before a step whose loss is not finite is taken."""
-    if steps < 1 or not lr > 0:
-        raise ValueError(f"{name}: steps must be at least 1 and lr positive, got steps = {steps}, lr = {lr}")
-    training = Training(loss, dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed), checkpoint)
+    if not isinstance(steps, int) or steps < 1 or not lr > 0:
+        raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive, got {steps} and {lr}")
+    settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, **about)
+    training = Training(loss, settings, checkpoint)
     run_steps(training, data, open_history(history), log_every, save_every)
 
 # %% ../../nbs/engine/train.ipynb #3c397e5a
@@ -179,32 +193,31 @@ class VAELoss(nn.Module):
         reconstruction, kl = bound.reconstruction.mean(), bound.kl.sum(-1).mean()
         return dict(loss=weight * kl - reconstruction, elbo=(reconstruction - kl).detach(), kl=kl.detach())
 
-# %% ../../nbs/engine/train.ipynb #da259bf1
+# %% ../../nbs/engine/train.ipynb #886b32ad
 def fit_vae(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, steps: int, batch_size: int, lr: float, seed: int,
             kl_warmup: int = 0, history: str | Path | None = None, checkpoint: str | Path | None = None) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, trained, in eval mode, on the training device.
 
     data: [N, *image], a Dataset or a DataLoader of images. kl_warmup: steps over which the KL's weight goes from 0 to 1.
     The rest: see `fit`."""
-    check_likelihood(vae, data, batch_size, seed)
+    if kl_warmup < 0:
+        raise ValueError(f"fit_vae: kl_warmup must be at least 0 steps, got {kl_warmup}")
+    try_out(vae, data, batch_size, seed)
     fit(VAELoss(vae.train(), kl_warmup), data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae",
-        history=history, checkpoint=checkpoint)
+        about=dict(kl_warmup=kl_warmup), history=history, checkpoint=checkpoint)
     return vae.eval()
 
-def check_likelihood(vae: TopDownVAE, data, batch_size: int, seed: int) -> None:
-    "ValueError where a first batch lies outside what the VAE's likelihood can produce."
-    x = next(batches(data, batch_size, seed))
+def try_out(vae: TopDownVAE, data, batch_size: int, seed: int) -> None:
+    "Score a first batch, for the ValueErrors of `elbo`; ValueError too where a posterior passes no gradient to its encoder."
+    device = next((p.device for p in vae.parameters()), None)
     with torch.no_grad(), torch.random.fork_rng():
-        x = x.to(next(vae.parameters()).device)
-        likelihood = vae.walk(from_posterior(), evidence=vae.encode(x)).likelihood
-    shape = likelihood.batch_shape + likelihood.event_shape
-    if x.shape != shape:
-        raise ValueError(f"the data's batches have shape {tuple(x.shape)}; the likelihood gives {tuple(shape)}")
-    if not likelihood.support.check(x).all():
-        raise ValueError(f"images in [{x.min():.3g}, {x.max():.3g}] lie outside the likelihood's support "
-                         f"({likelihood.support}): binarise them for a Bernoulli likelihood")
+        x = next(batches(data, batch_size, seed)).to(device)
+        elbo(vae, x)
+        steps = vae.walk(from_posterior(), evidence=vae.encode(x)).steps
+    if not all(step.posterior.has_rsample for step in steps):
+        raise ValueError("fit_vae needs reparameterised posteriors (has_rsample): otherwise the encoder gets no gradient")
 
-# %% ../../nbs/engine/train.ipynb #c798604d
+# %% ../../nbs/engine/train.ipynb #dd14ca7b
 class NCELoss(nn.Module):
     "Eq. 4, summed over the groups: one posterior walk gives the positives and the z_<k of all of them."
     def __init__(self, vae: TopDownVAE, ratios: nn.ModuleList, base: NoiseContrastivePrior | None, sampler: Sampler | None):
@@ -215,17 +228,24 @@ class NCELoss(nn.Module):
     def forward(self, x: Tensor, step: int) -> dict[str, Tensor]:
         vae, base, sampler = self.frozen
         with torch.no_grad():
-            trace = vae.walk(from_posterior(), evidence=vae.encode(x))
+            trace = check_trace(vae, vae.walk(from_posterior(), evidence=vae.encode(x)), len(x))
         losses = []
         for at, z_q, ratio in zip(trace.steps, trace.latents, self.ratios):
             with torch.no_grad():
-                z_p = draw(at.prior) if base is None else sampler.draw(base.ratios[at.index].condition(at.context), at.prior)
-            logits_q, logits_p = ratio.condition(at.context)(torch.stack([z_q, z_p]))   # one mixed batch
+                z_p = draw(at.prior) if base is None else sampler.for_group(at.index).draw(
+                    base.ratios[at.index].condition(at.context), at.prior)
+            mixed = torch.stack([z_q, z_p])                                             # one batch for both
+            logits_q, logits_p = log_ratio_at(ratio.condition(at.context), mixed, at.prior)
             losses.append(nce_loss(logits_q, logits_p))
         named = {f"loss_{k}": value.detach() for k, value in enumerate(losses)} if len(losses) > 1 else {}
         return dict(loss=sum(losses), **named)
 
-# %% ../../nbs/engine/train.ipynb #ca64acd0
+# %% ../../nbs/engine/train.ipynb #13267e64
+def stages(ncp: NoiseContrastivePrior) -> int:
+    "How many stages an NCP was trained in."
+    return 1 + sum(isinstance(module, StagedRatio) for module in ncp.ratios[0].modules())
+
+# %% ../../nbs/engine/train.ipynb #40b03d78
 def fit_ncp(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, ratios: Sequence[RatioEstimator] | None = None,
             steps: int, batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
             sampler: Sampler | None = None, history: str | Path | None = None,
@@ -238,12 +258,15 @@ def fit_ncp(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, ratios: Seq
     given without the other."""
     if (base is None) != (sampler is None):
         raise ValueError("fit_ncp: a further stage needs base, the NCP trained so far, and sampler, which draws from it; give both")
+    if base is not None and base.vae is not vae:
+        raise ValueError("fit_ncp: base was trained on another VAE than the one given")
     if ratios is None:
-        torch.manual_seed(seed)
-        ratios = [MLPRatio(z, c) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
-    ncp = NoiseContrastivePrior(vae, ratios)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            ratios = [MLPRatio(z, c) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
+    ncp, stage = NoiseContrastivePrior(vae, ratios), 1 if base is None else 1 + stages(base)
     fit(NCELoss(vae.to(Accelerator().device), ncp.ratios.train(), base, sampler), data, steps=steps, batch_size=batch_size,
-        lr=lr, seed=seed, name="ncp" if base is None else "ncp-next", history=history, checkpoint=checkpoint)
+        lr=lr, seed=seed, name="ncp" if stage == 1 else f"ncp-{stage}", history=history, checkpoint=checkpoint)
     if base is not None:
         ncp = NoiseContrastivePrior(vae, [StagedRatio([old, new]) for old, new in zip(base.ratios, ncp.ratios)])
     return ncp.to(Accelerator().device).eval()
