@@ -42,7 +42,7 @@ class Trace:
             raise ValueError("log_posterior: this walk had no evidence; pass evidence=vae.encode(x) to walk")
         return sum(step.posterior.log_prob(z) for step, z in zip(self.steps, self.latents))
 
-# %% ../nbs/theory/01_walk.ipynb #952ff760
+# %% ../nbs/theory/01_walk.ipynb #e0d31c3e
 Chooser = Callable[[Step], Tensor]    # step -> z_k: [B, *latent_shapes[k]]
 
 class TopDownVAE(nn.Module):
@@ -55,7 +55,7 @@ class TopDownVAE(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define encode(x)")
 
     def walk(self, choose: Chooser, *, n: int | None = None, evidence: Any = None) -> Trace:
-        "Visit the groups from the top; at each one `choose(step)` returns z_k. Give `n` rows or `evidence`, not both."
+        "Visit the groups from the top; at each one `choose(step)` returns z_k. Give `n` rows or `evidence` (see `rows`)."
         raise NotImplementedError(f"{type(self).__name__} must define walk(choose, n=..., evidence=...)")
 
 # %% ../nbs/theory/01_walk.ipynb #2a671e77

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# %% ../../nbs/engine/data.ipynb #1ff835f0
+# %% ../../nbs/engine/data.ipynb #b648c93d
 class Rows(Dataset):
     "A Tensor [N, *image] as a Dataset: a row at an int, a batch at a list of ints."
 
@@ -30,8 +30,8 @@ class Rows(Dataset):
     def __getitem__(self, index) -> Tensor:
         return self.images[index]
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        return self[indices]
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return list(self[indices])
 
 # %% ../../nbs/engine/data.ipynb #c16bf4ae
 def check_images(images: Tensor, what: str = "images") -> Tensor:

@@ -27,14 +27,14 @@ from ..prior import NoiseContrastivePrior
 from ..sampling import Sampler, log_ratio_at
 from ..walk import TopDownVAE, check_trace, draw, from_posterior
 
-# %% ../../nbs/engine/train.ipynb #b0c472f0
+# %% ../../nbs/engine/train.ipynb #6282d34b
 def collate(rows) -> Tensor:
     "Rows of a Dataset, with labels or without, as one batch [B, *image]."
-    rows = rows if isinstance(rows, Tensor) else [row[0] if isinstance(row, (list, tuple)) else row for row in rows]
+    rows = [row[0] if isinstance(row, (list, tuple)) else row for row in rows]
     wrong = [type(row).__name__ for row in rows if not isinstance(row, Tensor)]
     if wrong:
         raise ValueError(f"a data set must give each image as a Tensor, alone or before its label; it gave {wrong[0]}")
-    return rows if isinstance(rows, Tensor) else torch.stack(rows)
+    return torch.stack(rows)
 
 def checked(batch: Tensor) -> Tensor:
     "The batch, or a ValueError where it is not finite floating point."
@@ -79,13 +79,13 @@ def batches(data: Tensor | Dataset | DataLoader, batch_size: int, seed: int, sta
     for batch in DataLoader(data, batch_sampler=index_batches, collate_fn=collate, generator=own):
         yield checked(batch)
 
-# %% ../../nbs/engine/train.ipynb #3fafff46
+# %% ../../nbs/engine/train.ipynb #5314dc8e
 class Training:
     "What changes while `loss` is trained, and where it is kept; begins at the step of `checkpoint` where that exists."
 
     def __init__(self, loss: nn.Module, settings: dict, checkpoint: str | Path | None):
         self.settings, self.checkpoint, self.accelerator = settings, checkpoint, Accelerator()
-        if not list(loss.parameters()):
+        if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError(f"{settings['name']}: there is no parameter to train")
         if checkpoint is not None:
             checkpoints.claim(checkpoint)
