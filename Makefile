@@ -29,7 +29,7 @@ demo: $(READY)
 	$(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python docs/build.py
