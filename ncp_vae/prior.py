@@ -69,7 +69,7 @@ def one_a_row(log_r: Tensor, z: Tensor, event: torch.Size) -> Tensor:
                          f"{tuple(log_r.shape)}, where a row has shape {tuple(event)}")
     return log_r
 
-# %% ../nbs/theory/06_prior.ipynb #aecc1261
+# %% ../nbs/theory/06_prior.ipynb #eab03318
 class ReweightedPrior(nn.Module):
     """r(z) p(z), not normalised: log r(z) = sum_k log r_k(z_k, c(z_<k)) (section 3.4).
 
@@ -94,9 +94,8 @@ class ReweightedPrior(nn.Module):
 
     def log_ratios(self, latents: list[Tensor]) -> list[Tensor]:
         "log r_k(z_k, c(z_<k)) of each group: K tensors [B], nats."
-        contexts = self.contexts(latents)
-        return [one_a_row(ratio(z, context), z, shape) for ratio, z, context, shape
-                in zip(self.ratios, latents, contexts, self.vae.latent_shapes)]
+        groups = zip(self.ratios, latents, self.contexts(latents), self.vae.latent_shapes)
+        return [one_a_row(ratio(z, context), z, shape) for ratio, z, context, shape in groups]
 
     def train(self, mode: bool = True):
         "The mode of the ratios; the frozen VAE stays in eval mode."
