@@ -24,6 +24,7 @@ html_copy_source = html_show_sourcelink = False
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"      # tables in outputs
 nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_dmath_double_inline = True
