@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
+torch.set_num_threads(1)            # small tensors: on a busy machine a second thread costs a factor of ten
 os.environ.pop("IN_TEST", None)     # nbdev's runner sets it, and nbdev_export does nothing where it is set
 
 

@@ -17,15 +17,6 @@ from ncp_vae.nce import (RatioEstimator, StagedRatio, calibration, diagnose, jsd
 FIVE = 5.0    # standard errors
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Tiny tensors: on a busy machine a second thread costs a factor of ten."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def sixteenths(counts):
     "Rows of a discrete law whose probabilities are counts / 16, each point as often as its count: means are exact."
     return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))

@@ -20,15 +20,6 @@ P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)     # a discrete base pri
 R = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Tensors of a few numbers: with more threads most of the time is waiting."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seed(value: int) -> torch.Generator:
     return torch.Generator().manual_seed(value)
 

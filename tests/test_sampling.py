@@ -24,15 +24,6 @@ P, R = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 1.
 SAMPLERS = [SIR(70), Langevin(3, 0.1), MALA(3, 0.1), HMC(3, 0.3), HMC(2)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "The tensors are small: more threads would only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
