@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mlp', 'normal_from', 'check_shape', 'DenseVAE', 'gaussians_vae', 'lars_vae', 'ConvVAE']
 
-# %% ../../nbs/models/flat.ipynb #bd16ff03
+# %% ../../nbs/models/flat.ipynb #30d60c62
 from math import prod
 from typing import Sequence
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .likelihoods import bernoulli, normal
-from ..walk import FlatVAE, diagonal_normal
+from ..walk import FlatVAE, at_least_float32, diagonal_normal
 
-# %% ../../nbs/models/flat.ipynb #e14648f0
+# %% ../../nbs/models/flat.ipynb #c674bb66
 def mlp(widths: Sequence[int], activation) -> nn.Sequential:
     "Linear layers of the given widths with `activation` between them; Glorot weights, zero biases."
     layers = []
@@ -29,7 +29,7 @@ def mlp(widths: Sequence[int], activation) -> nn.Sequential:
 
 def normal_from(out: Tensor):
     "A network's output [B, 2 D] -> N(first half, diag(max(1e-5, softplus(second half))^2)): batch [B], event [D]."
-    loc, raw = out.chunk(2, dim=-1)
+    loc, raw = at_least_float32(out).chunk(2, dim=-1)
     return diagonal_normal(loc, softplus(raw).clamp_min(1e-5))
 
 def check_shape(x: Tensor, image_shape: torch.Size) -> Tensor:
