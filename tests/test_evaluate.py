@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KDTree
 
-from ncp_vae.engine.evaluate import average, block_mmd2, compare, log_likelihoods, nearest, sir_ess
+from ncp_vae.engine.evaluate import average, block_mmd2, compare, group_reports, log_likelihoods, nearest, sir_ess
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.nce import RatioEstimator
 from ncp_vae.prior import NoiseContrastivePrior
@@ -62,9 +62,38 @@ def test_the_same_seed_gives_the_same_draws():
     vae, x = Linear(), torch.randn(30, 1, generator=torch.Generator().manual_seed(0))
     vae.s = 0.7                                      # the posterior is no longer exact, so the draws matter
     vae.posterior = lambda x: diagonal_normal(x / 2, torch.full_like(x, 0.9))
-    plain = log_likelihoods(vae, x, 3, seed=0)
-    assert torch.allclose(plain, log_likelihoods(vae, x, 3, seed=0, log_ratio=lambda latents: torch.zeros(30)), atol=1e-6)
-    assert not torch.allclose(plain, log_likelihoods(vae, x, 3, seed=1), atol=1e-3)
+    plain, with_one = log_likelihoods(vae, x, 3, seed=0, log_ratios=[None, lambda trace: torch.zeros(30)])
+    again, = log_likelihoods(vae, x, 3, seed=0)
+    assert torch.allclose(plain, with_one, atol=1e-6) and torch.allclose(plain, again, atol=1e-6)
+    assert not torch.allclose(plain, log_likelihoods(vae, x, 3, seed=1)[0], atol=1e-3)
+
+
+def test_copies_of_an_image_are_not_independent_images():
+    """Five equal copies of each image: the same scores with the same errors, to rounding, as without copies; counted as
+    five times as many images, the error would be smaller by the square root of five."""
+    x, ncp = torch.randn(200, 1, generator=torch.Generator().manual_seed(0)), NoiseContrastivePrior(Linear(), [Tilt(0.8)])
+    settings = dict(num_samples=2, log_z_samples=100_000, proposals=16, seed=0, bound_images=100)
+    once, _ = compare(ncp, x, **settings)
+    copied, _ = compare(ncp, x.repeat(5, 1), copies=5, **settings)
+    naive, _ = compare(ncp, x.repeat(5, 1), **settings)
+    assert copied.base.n == 200 and copied.ncp_bound.n == 100
+    assert copied.base.value == pytest.approx(once.base.value, abs=1e-4)
+    assert copied.base.std_error == pytest.approx(once.base.std_error, rel=1e-3)
+    assert naive.base.std_error == pytest.approx(once.base.std_error / 5**0.5, rel=0.01)
+
+
+def test_the_reports_of_known_ratios():
+    """Data x ~ N(a, 1 + s^2) make q(z) = N(t, 1) with t = a / (1 + s^2), and the prior is N(0, 1): the tilt by t is the exact
+    ratio. Its KL bound is within 5 standard errors of KL(q || p) = t^2 / 2 and both free checks within 5 of 0; the tilt to
+    the wrong side is far off."""
+    a, variance = 0.8, 1 + Linear.s**2
+    t, x = a / variance, a + variance**0.5 * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
+    exact, = group_reports(NoiseContrastivePrior(Linear(), [Tilt(t, b=-t**2 / 2)]), x, seed=0)
+    assert abs(exact.kl_bound - t**2 / 2) < 5 * exact.kl_bound_std_error
+    assert abs(exact.log_mean_ratio) < 5 * exact.log_mean_ratio_std_error
+    assert abs(exact.log_mean_inverse) < 5 * exact.log_mean_inverse_std_error
+    wrong, = group_reports(NoiseContrastivePrior(Linear(), [Tilt(-t)]), x, seed=0)
+    assert wrong.kl_bound < -5 * wrong.kl_bound_std_error
 
 
 def test_ess_of_equal_weights_is_m():

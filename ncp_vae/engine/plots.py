@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'use_style', 'montage', 'image_panels', 'neighbour_rows', 'point_panels', 'read_history', 'history_panels',
-           'ratio_histogram']
+           'group_panels', 'ratio_histogram']
 
 # %% ../../nbs/engine/plots.ipynb #bb2aa04b
 import json
@@ -69,14 +69,14 @@ def point_panels(panels: dict[str, Tensor], limit: float = 2.6) -> plt.Figure:
         ax.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     return fig
 
-# %% ../../nbs/engine/plots.ipynb #efc98aaa
+# %% ../../nbs/engine/plots.ipynb #9d2297e4
 def read_history(path: str | Path) -> list[dict]:
     "The rows of a JSON-lines history, of every stage, in the order in which they were written."
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 def history_panels(path: str | Path) -> plt.Figure:
     "Loss against step, a panel for each stage that the history holds."
-    rows = read_history(path)
+    rows = [row for row in read_history(path) if "loss" in row]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     fig, axes = plt.subplots(1, len(stages), figsize=(3.6 * len(stages), 2.6), squeeze=False)
     for ax, stage in zip(axes[0], stages):
@@ -85,6 +85,24 @@ def history_panels(path: str | Path) -> plt.Figure:
                 color=COLORS["base" if stage == "vae" else "NCP"], lw=1)
         ax.set(title=f"stage {stage}", xlabel="step", ylabel="loss [nats]")
         ax.axhline(2 * torch.tensor(2.0).log().item(), color="0.7", ls=":") if stage != "vae" else None
+    return fig
+
+# %% ../../nbs/engine/plots.ipynb #e23c016f
+def group_panels(path: str | Path, ess: list[float], proposals: int) -> plt.Figure:
+    "As Fig. 4. path: a history with held-out rows. ess: of each group, among so many proposals."
+    rows = [row for row in read_history(path) if row["stage"].endswith("held-out")]
+    colors = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(ess)).tolist())
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for k, color in enumerate(colors):
+        losses = [row[f"loss_{k}"] for row in rows]
+        left.plot([row["step"] for row in rows], losses, color=color, lw=1.2, label=f"group {k + 1}")
+        right.plot(losses[-1], ess[k], "o", color=color)
+        right.annotate(f" {k + 1}", (losses[-1], ess[k]), fontsize=8)
+    for line in (left.axhline, right.axvline):
+        line(2 * torch.tensor(2.0).log().item(), color="0.7", ls=":")
+    left.set(xlabel="step", ylabel="held-out loss [nats]")
+    left.legend(fontsize=7, ncols=1 + len(ess) // 6)
+    right.set(xlabel="final held-out loss [nats]", ylabel=f"ESS of {proposals} proposals", ylim=(0, proposals * 1.05))
     return fig
 
 # %% ../../nbs/engine/plots.ipynb #0337bd8b

@@ -1,0 +1,579 @@
+"""Samplers over a hierarchy against laws that are known: by enumeration, in closed form, and only then by statistics.
+
+Seeds are fixed, so a failure means that the code has changed. On a fresh seed a score beyond 5 standard errors comes by
+chance once in 1.7 million times (Gaussian), or once in 80,000 where the error is that of 40 runs (Student). There are about
+90 scores of the first kind and 40 of the second: a family-wise false-alarm rate of about 1 in 2,000. The broken twins must
+fail the same check."""
+from math import exp, inf, log, nan, sqrt
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MultivariateNormal, Normal
+
+from ncp_vae.engine.train import fit_ncp
+from ncp_vae.models.ratios import MLPRatio
+from ncp_vae.nce import RatioEstimator
+from ncp_vae.prior import NoiseContrastivePrior
+from ncp_vae.sampling import (HMC, MALA, PILOT, SIR, SMC, JointLangevin, Langevin, Sampler, descend, effective_sample_size,
+                              from_noise, proposal_budget, systematic)
+from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, rows, seeded
+
+ALL = [SIR(20), SIR([20, 30, 10]), Langevin(5, 0.1), MALA(5, 0.1), HMC(2, 0.3), HMC(2), SMC(), SMC(4, resample_below=1.0),
+       JointLangevin(5, 0.1)]
+SLOPE, WIDTH = 0.8, 0.6                     # of the base prior
+B_SLOPE, B_WIDTH, SHIFTS = 0.5, 0.42, (1.0, 0.5, 0.5)     # of the target; its first group is N(1, 0.7^2)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Ladder(TopDownVAE):
+    """z_1 ~ N(0, 1), z_k ~ N(0.8 z_{k-1}, 0.6^2). The evidence is x: [B, K], and q(z_k | z_<k, x) is the target's conditional
+    mean plus x_k, so that with x_k ~ N(0, half of the target's variance) the aggregate posterior is the target."""
+    def __init__(self, groups=3, event=(1,)):
+        super().__init__()
+        self.latent_shapes = [torch.Size(event)] * groups
+        self.context_shapes = [None] + [torch.Size(event)] * (groups - 1)
+        self.groups_walked = 0
+
+    def encode(self, x):
+        return x
+
+    def walk(self, choose, *, n=None, evidence=None):
+        n = rows(n, None if evidence is None else len(evidence))
+        context, steps, latents = None, [], []
+        for k, event in enumerate(self.latent_shapes):
+            above, scale = (torch.zeros(n, *event), 1.0) if context is None else (context, WIDTH)
+            prior, posterior = diagonal_normal(SLOPE * above, torch.full_like(above, scale)), None
+            if evidence is not None:
+                mean = (B_SLOPE * above if k else 0) + SHIFTS[k] + evidence[:, k:k + 1]
+                posterior = diagonal_normal(mean, torch.full_like(above, sqrt(0.5) * (B_WIDTH if k else 0.7)))
+            steps.append(Step(k, context, prior, posterior))
+            self.groups_walked += 1
+            context = choose(steps[-1])
+            latents.append(context)
+        return Trace(latents, steps, diagonal_normal(context, torch.ones_like(context)))
+
+
+def images(n, seed):
+    return torch.randn(n, 3, generator=generator(seed)) * sqrt(0.5) * torch.tensor([0.7, B_WIDTH, B_WIDTH])
+
+
+class Known(RatioEstimator):
+    "The exact ratio of group k times exp(tilt z_<k); counts the proposals it has seen, and keeps the conditions apart."
+    def __init__(self, k, tilt=0.0, shift=None, slope=B_SLOPE, width=None):
+        super().__init__()
+        self.k, self.tilt, self.slope, self.seen = k, tilt, slope, 0
+        self.shift, self.width = SHIFTS[k] if shift is None else shift, (B_WIDTH if k else 0.7) if width is None else width
+
+    def condition(self, context):
+        above, scale = (torch.zeros(1, 1), 1.0) if context is None else (context, WIDTH)
+        q, p = Normal(self.slope * above + self.shift, self.width), Normal(SLOPE * above, scale)
+        def log_ratio(z):
+            self.seen += z[..., 0].numel()
+            return (q.log_prob(z) - p.log_prob(z) + self.tilt * above).sum(-1)
+        return log_ratio
+
+
+def ladder(tilt=0.0):
+    return NoiseContrastivePrior(Ladder(), [Known(k, tilt) for k in range(3)])
+
+
+def exact(tilt=0.0):
+    "Means of the group-wise and the joint law, their common covariance, and log Z."
+    mean, root = torch.zeros(3).double(), torch.zeros(3, 3).double()
+    for k in range(3):
+        mean[k] = SHIFTS[k] + (B_SLOPE * mean[k - 1] if k else 0)
+        root[k] = B_SLOPE * root[k - 1] if k else 0
+        root[k, k] = B_WIDTH if k else 0.7
+    covariance, c = root @ root.T, torch.tensor([tilt, tilt, 0.0]).double()
+    return mean, mean + covariance @ c, covariance, (c @ mean + c @ covariance @ c / 2).item()
+
+
+def flat(trace):
+    return torch.cat(trace.latents, 1).double()
+
+
+def moments(z):
+    i, j = torch.triu_indices(z.shape[1], z.shape[1])
+    return torch.cat([z, z[:, i] * z[:, j]], 1)
+
+
+def moments_of(mean, covariance):
+    i, j = torch.triu_indices(len(mean), len(mean))
+    return torch.cat([mean, (covariance + mean.outer(mean))[i, j]])
+
+
+def worst(values, truth):
+    "The largest miss in standard errors of the means of independent rows. values: [R, ...]."
+    return ((values.mean(0) - truth) / (values.std(0) / sqrt(len(values)))).abs().max().item()
+
+
+# the discrete example
+
+class Coins(TopDownVAE):
+    latent_shapes, context_shapes = [torch.Size([])] * 2, [None, torch.Size([])]
+
+    def walk(self, choose, *, n=None, evidence=None):
+        fair, steps = Categorical(logits=torch.zeros(n, 2)), []
+        z1 = choose(steps.append(Step(0, None, fair, None)) or steps[0])
+        z2 = choose(steps.append(Step(1, z1, fair, None)) or steps[1])
+        return Trace([z1, z2], steps, Normal(z2.float(), 1.0))
+
+
+class Table(RatioEstimator):
+    def __init__(self, table):
+        super().__init__()
+        self.log_table = torch.tensor(table).log()
+
+    def condition(self, context):
+        return lambda z: self.log_table[0 * z if context is None else context.expand_as(z), z]
+
+
+def coins(first=(1.0, 1.0)):
+    return NoiseContrastivePrior(Coins(), [Table([list(first)]), Table([[1.0, 1.0], [4.0, 2.0]])])
+
+
+def shares(draw, runs=40, n=2000):
+    g = generator(1)
+    pairs = [draw(n, g).latents for _ in range(runs)]
+    return torch.stack([torch.bincount(2 * z1 + z2, minlength=4) / n for z1, z2 in pairs])
+
+
+class WeightForgotten(SMC):
+    "Broken: the particle that SIR picked, without its mean ratio."
+    def sample(self, ncp, n, temperature=1.0, generator=None):
+        return SIR(self.proposals).sample(ncp, n, temperature, generator)
+
+
+class WeightOfThePick(Sampler):
+    "Broken: SMC of one resampling whose weight is the ratio of the pick, and not the mean of the proposals' ratios."
+    def sample(self, ncp, n, temperature=1.0, generator=None):
+        trace = SIR(64).sample(ncp, n, temperature, generator)
+        chosen = systematic(ncp.log_ratio(trace.latents))
+        return Trace([z[chosen] for z in trace.latents], trace.steps, trace.likelihood)
+
+
+GROUP, JOINT = torch.tensor([0.25, 0.25, 1 / 3, 1 / 6]), torch.tensor([1, 1, 4, 2]) / 8
+
+
+@pytest.mark.parametrize("sampler, own, other", [
+    (SIR(100), GROUP, JOINT), (SMC(), JOINT, GROUP), (SMC(8), JOINT, GROUP), (SMC(3, resample_below=0.0), JOINT, GROUP),
+    (SMC(resample_below=1.0), JOINT, GROUP)])
+def test_the_two_laws_are_told_apart(sampler, own, other):
+    found = shares(lambda n, g: coins().sample(n, sampler, generator=g))
+    assert worst(found, own) < 5 and worst(found, other) > 25
+
+
+@pytest.mark.parametrize("broken", [WeightForgotten(64), WeightOfThePick()])
+def test_a_wrong_weight_is_seen(broken):
+    assert worst(shares(lambda n, g: coins().sample(n, broken, generator=g)), JOINT) > 25
+
+
+# the ladder of Gaussians
+
+def test_sir_has_the_group_wise_law():
+    z = flat(ladder(0.5).sample(4000, SIR(1000), generator=generator(2)))
+    group, joint, covariance, _ = exact(0.5)
+    assert worst(moments(z), moments_of(group, covariance)) < 5 and worst(moments(z), moments_of(joint, covariance)) > 20
+
+
+@pytest.mark.parametrize("sampler", [MALA(60, 0.15), HMC(15, 0.25)])
+def test_chains_in_each_group_have_the_group_wise_law(sampler):
+    z = flat(ladder(0.5).sample(4000, sampler, generator=generator(3)))
+    group, joint, covariance, _ = exact(0.5)
+    assert worst(moments(z), moments_of(group, covariance)) < 5 and worst(moments(z), moments_of(joint, covariance)) > 20
+
+
+@pytest.mark.parametrize("sampler", [SMC(), SMC(4, resample_below=0.9)])
+def test_smc_has_the_joint_law(sampler):
+    g = generator(4)
+    means = torch.stack([moments(flat(ladder(0.5).sample(3000, sampler, generator=g))).mean(0) for _ in range(40)])
+    group, joint, covariance, _ = exact(0.5)
+    assert worst(means, moments_of(joint, covariance)) < 5 and worst(means, moments_of(group, covariance)) > 20
+
+
+def noise_matrix():
+    "eps = matrix @ z on the ladder."
+    matrix = torch.eye(3).double()
+    matrix[1, 0] = matrix[2, 1] = -SLOPE
+    matrix[1:] /= WIDTH
+    return matrix
+
+
+def joint_langevin_law(steps, step_size, tilt):
+    "Mean and covariance of the noise after so many steps from N(0, I)."
+    _, joint, covariance, _ = exact(tilt)
+    goal, precision = noise_matrix() @ joint, torch.linalg.inv(noise_matrix() @ covariance @ noise_matrix().T)
+    turn, mean, S = torch.eye(3) - step_size / 2 * precision, torch.zeros(3).double(), torch.eye(3).double()
+    for _ in range(steps):
+        mean, S = goal + turn @ (mean - goal), turn @ S @ turn.T + step_size * torch.eye(3)
+    return mean, S
+
+
+@pytest.mark.parametrize("steps, step_size", [(1, 0.3), (3, 0.4), (40, 0.5)])
+def test_joint_langevin_has_its_exact_law(steps, step_size):
+    z = flat(ladder(0.5).sample(20_000, JointLangevin(steps, step_size), generator=generator(5)))
+    noise = moments(z @ noise_matrix().T)
+    assert worst(noise, moments_of(*joint_langevin_law(steps, step_size, 0.5))) < 5
+    assert worst(noise, moments_of(*joint_langevin_law(10_000, 0.001, 0.5))) > 10          # the target, without the bias
+    assert steps > 4 or worst(noise, moments_of(*joint_langevin_law(steps + 1, step_size, 0.5))) > 7
+
+
+def test_joint_langevin_tends_to_the_joint_law():
+    "The step is so small that its bias, about half a per cent of a variance, is below a standard error (two per cent)."
+    z = flat(ladder(0.5).sample(4000, JointLangevin(400, 0.01), generator=generator(6)))
+    group, joint, covariance, _ = exact(0.5)
+    assert worst(moments(z), moments_of(joint, covariance)) < 5 and worst(moments(z), moments_of(group, covariance)) > 20
+
+
+class Funnel(TopDownVAE):
+    latent_shapes, context_shapes = [torch.Size([1])] * 2, [None, torch.Size([1])]
+
+    def walk(self, choose, *, n=None, evidence=None):
+        first = Step(0, None, diagonal_normal(torch.zeros(n, 1), torch.ones(n, 1)), None)
+        z1 = choose(first)
+        second = Step(1, z1, diagonal_normal(0 * z1, (0.8 * z1).exp()), None)
+        z2 = choose(second)
+        return Trace([z1, z2], [first, second], diagonal_normal(z2, torch.ones_like(z2)))
+
+
+def function(f):
+    "A ratio from a function (z, context) -> log r."
+    return SimpleNamespace(condition=lambda context: lambda z: f(z, context))
+
+
+def test_no_log_sigma_is_left():
+    "Ratios of one leave the noise standard normal; a kept log sigma moves the first group's mean to -0.8."
+    one = function(lambda z, c: 0 * z.sum(-1))
+    kept = function(lambda z, c: 0 * z.sum(-1) - (0 if c is None else 0.8 * c.sum(-1)))
+    first = [JointLangevin(60, 0.1).sample(SimpleNamespace(vae=Funnel(), ratios=[r, r]), 4000, generator=generator(7)).latents[0]
+             for r in (one, kept)]
+    assert worst(first[0], 0.0) < 5 and worst(first[1], 0.0) > 30
+    assert worst(first[1], -0.8 * (1 - 0.95 ** 60)) < 5
+
+
+# Z
+
+@pytest.mark.parametrize("sampler", [SMC(), SMC(4), SMC(resample_below=0.0), SMC(2, resample_below=1.0)])
+def test_z_is_unbiased(sampler):
+    g = generator(8)
+    found = torch.tensor([sampler.run(coins((0.5, 1.5)), 8, generator=g).log_z for _ in range(400)]).double().exp()
+    assert worst(found, 2.5) < 5                                                # (0.5 * 1 + 1.5 * 3) / 2
+    assert worst(found * 8 / 7, 2.5) > 5                                      # broken: n - 1 in the mean
+
+
+def test_z_is_unbiased_on_the_ladder():
+    g = generator(9)
+    found = torch.tensor([SMC().run(ladder(0.5), 100, generator=g).log_z for _ in range(300)]).double().exp()
+    assert worst(found, exp(exact(0.5)[3])) < 5 and worst(found, exp(exact(0.4)[3])) > 5
+    estimate = ladder(0.5).log_partition(20_000, generator(10))
+    assert abs(estimate.value - exact(0.5)[3]) < 5 * estimate.std_error and estimate.k_hat < 0.7
+
+
+def test_one_particle_is_importance_sampling():
+    "With n = 1 and one proposal the estimate of log Z is log r of a walk of the base prior."
+    population = SMC().run(ladder(0.5), 1, generator=generator(11))
+    assert abs(population.log_z - ladder(0.5).log_ratio(population.trace.latents).item()) < 1e-5
+
+
+# resampling
+
+def test_systematic_resampling_is_unbiased_and_even():
+    log_w = torch.tensor([-inf, 0.0, 1.0, -3.0, -inf, 0.5, -inf]).repeat(3)
+    expected = 21 * log_w.double().softmax(0)
+    with seeded(generator(12)):
+        counts = torch.stack([systematic(log_w).bincount(minlength=21) for _ in range(4000)]).double()
+    assert ((counts - expected).abs() < 1).all() and (counts.sum(1) == 21).all()
+    alive = expected > 0
+    assert (counts[:, ~alive] == 0).all()
+    assert worst(counts[:, alive], expected[alive]) < 5 < worst(counts[:, alive], expected[alive].round())
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2 ** -53])
+def test_systematic_resampling_at_the_ends(u, monkeypatch):
+    "Also where the sum of the weights falls short of one in floating point, the zero weights at both ends get nothing."
+    monkeypatch.setattr(torch, "rand", lambda *size, **kind: torch.full((), u, **kind))
+    for n in (3, 7, 1000):
+        log_w = torch.cat([torch.tensor([-inf]), torch.randn(n, generator=generator(n)), torch.tensor([-inf] * 2)])
+        chosen = systematic(log_w)
+        assert len(chosen) == n + 3 and chosen.min() >= 1 and chosen.max() <= n
+
+
+def test_rows_come_in_random_order():
+    with seeded(generator(13)):
+        chosen = systematic(torch.zeros(1000))
+    assert torch.equal(chosen.sort().values, torch.arange(1000)) and (chosen == torch.arange(1000)).sum() < 20
+
+
+def test_ancestors_are_those_of_the_rows():
+    "Rows with one ancestor in a group carry one latent there, in it and in all above it; the trace is a walk of them."
+    population = SMC(resample_below=0.9).run(ladder(0.5), 300, generator=generator(14))
+    latents, lines = population.trace.latents, population.ancestors
+    assert lines.shape == (3, 300) and len(population.ess) == 3 and all(1 <= e <= 300 for e in population.ess)
+    for k in range(3):
+        for line in lines[k].unique():
+            assert all(len(z[lines[k] == line].unique()) == 1 for z in latents[:k + 1])
+        assert len(lines[k].unique()) == len(latents[k].unique())
+    distinct = [len(line.unique()) for line in lines]
+    assert distinct == sorted(distinct) and distinct[0] < 250
+    for k in (1, 2):
+        assert torch.equal(population.trace.steps[k].context, latents[k - 1])
+
+
+def test_rows_of_smc_are_not_independent():
+    g = generator(15)
+    runs = torch.stack([SMC().sample(ladder(0.5), 300, generator=g).latents[0][:, 0] for _ in range(60)])
+    naive, real = runs.std(1).mean() / sqrt(300), runs.mean(1).std()       # the latter's relative error: 1 / sqrt(118)
+    assert real > 1.5 * naive
+    g = generator(15)
+    runs = torch.stack([SIR(20).sample(ladder(0.5), 300, generator=g).latents[0][:, 0] for _ in range(60)])
+    assert 0.6 < runs.mean(1).std() / (runs.std(1).mean() / sqrt(300)) < 1.5
+
+
+@pytest.mark.parametrize("below, walks", [(0.0, [3, 3]), (1.0, [1, 2, 3, 3])])
+def test_a_resampling_costs_a_walk_to_its_group_and_no_evaluation(below, walks):
+    ncp = ladder(0.5)
+    SMC(5, resample_below=below).sample(ncp, 100, generator=generator(16))
+    assert ncp.vae.groups_walked == sum(walks)
+    assert [ratio.seen for ratio in ncp.ratios] == [500] * 3
+
+
+# leaving a walk
+
+def test_a_chooser_may_leave_a_walk():
+    vae = Ladder()
+    seen = []
+    assert descend(vae, seen.append, 4) is None and [step.index for step in seen] == [0] and vae.groups_walked == 1
+    assert descend(vae, lambda step: step.prior.mean, 4).latents[2].shape == (4, 1)
+    with pytest.raises(ZeroDivisionError):                                     # other exceptions pass
+        descend(vae, lambda step: 1 / 0, 4)
+
+
+def test_joint_langevin_does_not_decode_on_its_way():
+    decoded = []
+
+    class Decoding(Ladder):
+        def walk(self, choose, *, n=None, evidence=None):
+            trace = super().walk(choose, n=n)
+            decoded.append(n)
+            return trace
+    ncp = NoiseContrastivePrior(Decoding(), [Known(k) for k in range(3)])
+    JointLangevin(7, 0.1).sample(ncp, 5)
+    assert decoded == [5] and [ratio.seen for ratio in ncp.ratios] == [8 * 5] * 3
+    decoded.clear(), SMC().sample(ncp, 5), proposal_budget(ncp, 10, 2)
+    assert decoded == [5]
+
+
+# one group, and the contract of every sampler
+
+class Flat(FlatVAE):
+    def likelihood(self, z):
+        return diagonal_normal(z, torch.ones_like(z))
+
+
+class OneGroup(TopDownVAE):
+    latent_shapes, context_shapes = [torch.Size([2])], [None]
+
+    def walk(self, choose, *, n=None, evidence=None):
+        step = Step(0, None, diagonal_normal(torch.zeros(n, 2), torch.ones(n, 2)), None)
+        z = choose(step)
+        return Trace([z], [step], diagonal_normal(z, torch.ones_like(z)))
+
+
+@pytest.mark.parametrize("sampler", [each for each in ALL if getattr(each, "proposals", 1) != [20, 30, 10]] + [SIR([9])])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_group_is_the_flat_code_to_the_bit(sampler, temperature):
+    ratio = MLPRatio(2)
+    one, flat_one = (NoiseContrastivePrior(vae, [ratio]).sample(50, sampler, temperature, generator(17))
+                     for vae in (OneGroup(), Flat(2)))
+    assert torch.equal(one.latents[0], flat_one.latents[0]) and torch.equal(one.likelihood.mean, flat_one.likelihood.mean)
+
+
+@pytest.mark.parametrize("sampler", [JointLangevin(9, 0.2), Langevin(9, 0.2)])
+def test_in_one_standard_normal_group_the_noise_is_the_latent(sampler):
+    "So joint Langevin is Langevin there, and both are what `draw` returns for that one step."
+    ratio = MLPRatio(2)
+    ncp = NoiseContrastivePrior(Flat(2), [ratio])
+    langevin = Langevin(9, 0.2).sample(ncp, 30, generator=generator(18)).latents[0]
+    assert torch.allclose(ncp.sample(30, sampler, generator=generator(18)).latents[0], langevin, atol=1e-5)
+    assert torch.allclose(sampler.draw(ratio.condition(None), Flat(2).prior(30), generator(18)), langevin, atol=1e-5)
+
+
+def test_draw_of_one_group():
+    "Of SMC it is SIR, row by row; of joint Langevin it has the law of the group in its own noise."
+    prior = diagonal_normal(torch.full((20_000, 1), 2.0), torch.full((20_000, 1), 0.1))
+    assert torch.equal(SMC(6).draw(lambda z: z.sum(-1), prior, generator(19)), SIR(6).draw(lambda z: z.sum(-1), prior, generator(19)))
+    z = JointLangevin(60, 0.1).draw(lambda z: 10 * z.sum(-1), prior, generator(20))    # N(2, 0.1^2) e^(10 z): N(2.1, 0.1^2)
+    assert worst(z.double(), 2.0 + 0.1 * (1 - 0.95 ** 60)) < 5 and abs(z.std() / 0.1 / (1 - 0.1 / 4) ** -0.5 - 1) < 0.03
+
+
+@pytest.mark.parametrize("sampler", ALL)
+def test_shapes_and_random_numbers(sampler):
+    ncp = ladder(0.2)
+    torch.manual_seed(1)
+    before, g = torch.get_rng_state(), generator(21)
+    first, second = sampler.sample(ncp, 6, generator=g), sampler.sample(ncp, 6, generator=g)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(flat(first), flat(ncp.sample(6, sampler, generator=generator(21)))) and not torch.equal(flat(first), flat(second))
+    assert [z.shape for z in first.latents] == [(6, 1)] * 3 and first.likelihood.batch_shape == (6,)
+    assert not any(z.requires_grad for z in first.latents)
+
+
+@pytest.mark.parametrize("event", [(), (2, 3)])
+@pytest.mark.parametrize("sampler", [SMC(2), JointLangevin(3, 0.1)])
+def test_events_of_any_shape(sampler, event):
+    numbers = -len(event)
+    ratio = function(lambda z, c: z.sum(tuple(range(numbers, 0))) if numbers else 1 * z)
+    trace = sampler.sample(SimpleNamespace(vae=Ladder(2, event), ratios=[ratio, ratio]), 4)
+    assert [z.shape for z in trace.latents] == [(4, *event)] * 2
+
+
+@pytest.mark.parametrize("sampler", [SMC(), JointLangevin(80, 0.1)])
+def test_a_temperature_scales_each_prior(sampler):
+    "With ratios of one the rows are those of the base prior at the temperature."
+    one = function(lambda z, c: 0 * z.sum(-1))
+    g, ncp = generator(22), SimpleNamespace(vae=Ladder(2), ratios=[one, one])
+    z = flat(sampler.sample(ncp, 10_000, 0.5, g))
+    width = 1 / (1 - 0.1 / 4) if isinstance(sampler, JointLangevin) else 1.0           # Langevin's bias of a variance
+    for values, variance in ((z[:, 0], 0.25), ((z[:, 1] - SLOPE * z[:, 0]), 0.25 * WIDTH ** 2)):
+        assert worst(values.square()[:, None], variance * width) < 5 < worst(values.square()[:, None], variance * width * 1.2)
+
+
+def test_networks_are_left_alone():
+    ncp = NoiseContrastivePrior(Ladder(), [MLPRatio(1), MLPRatio(1, 1), MLPRatio(1, 1)])
+    for sampler in (SMC(), JointLangevin(3, 0.1)):
+        assert not flat(sampler.sample(ncp, 4)).requires_grad
+        assert all(p.grad is None for p in ncp.parameters())
+
+
+# budgets
+
+def even_ladder(shifts):
+    "Ratios whose ESS is M exp(-d^2) at every context: q is p moved by d of its deviations."
+    return NoiseContrastivePrior(Ladder(len(shifts)), [Known(k, shift=d * (WIDTH if k else 1), slope=SLOPE, width=WIDTH if k else 1.0)
+                                                      for k, d in enumerate(shifts)])
+
+
+def test_budgets_are_what_the_groups_need():
+    "Var(w^2) = (e^(4 d^2) - 1) E[w^2]^2, so 32 walks of 4000 proposals know the largest of these to 1.4 per cent."
+    shifts = (0.2, 0.6, 0.9)
+    ncp = even_ladder(shifts)
+    budgets = proposal_budget(ncp, 4000, 50, generator(23))
+    assert all(isinstance(M, int) and abs(M / (50 * exp(d * d)) - 1) < 0.08 for M, d in zip(budgets, shifts))
+    for M, d in zip(budgets, shifts):
+        prior = diagonal_normal(torch.zeros(2000, 1), torch.ones(2000, 1))
+        ess = SIR(M).resample(Known(0, shift=d, width=1.0).condition(None), prior, generator(24)).ess
+        assert ess.mean() > 50 * 0.95                                                  # in fresh proposals
+    assert SIR(budgets).sample(ncp, 5).latents[2].shape == (5, 1)
+
+
+def test_a_group_that_cannot_reach_the_target_gets_the_maximum():
+    assert proposal_budget(even_ladder((0.0, 5.0)), 200, 50, generator(25)) == [50, 200]
+
+
+def test_the_pilot_costs_what_it_says():
+    ncp = even_ladder((0.2, 0.9, 1.2))
+    proposal_budget(ncp, 300, 20)
+    assert [ratio.seen for ratio in ncp.ratios] == [300 * PILOT] * 3
+
+
+def test_the_pilot_shares_no_random_numbers_with_the_sampler():
+    "Even where both are given the same seed: no proposal of the one is a proposal of the other."
+    proposals, ncp = [], ladder()
+    log_ratio = ncp.ratios[0].condition
+    ncp.ratios[0].condition = lambda context: lambda z: proposals.append(z.flatten()) or log_ratio(context)(z)
+    proposal_budget(ncp, 64, 2, generator(26))
+    pilot = torch.cat(proposals)
+    proposals.clear(), ncp.sample(PILOT, SIR(64), generator=generator(26))
+    assert len(pilot) == 64 * PILOT and not torch.isin(torch.cat(proposals), pilot).any()
+    proposals.clear(), ncp.sample(PILOT, SIR(64), generator=generator(26))
+    again = torch.cat(proposals)
+    proposals.clear(), ncp.sample(PILOT, SIR(64), generator=generator(26))
+    assert torch.isin(torch.cat(proposals), again).all()                               # the check can fail
+
+
+@pytest.mark.parametrize("sampler", [SIR([3, 20, 7])])
+def test_each_group_gets_its_own_number_of_proposals(sampler):
+    ncp = ladder()
+    sampler.sample(ncp, 11)
+    assert [ratio.seen for ratio in ncp.ratios] == [33, 220, 77]
+
+
+# trained ratios
+
+def test_trained_ratios_find_the_exact_ones():
+    """`fit_ncp` on draws whose aggregate posterior is the ladder's target: correlation above 0.95 in every group, on held-out
+    draws of prior and posterior in equal parts; the ratio of the wrong context must not do as well."""
+    vae, known = Ladder(), ladder()
+    ratios = [MLPRatio(1, None if k == 0 else 1, hidden=(32, 32)) for k in range(3)]
+    ncp = fit_ncp(vae, images(8000, 27), ratios=ratios, steps=300, batch_size=250, lr=1e-2, seed=0)
+    with torch.no_grad():
+        trace = vae.walk(lambda step: step.posterior.sample(), evidence=images(2000, 28))
+        for step, z, learned, true in zip(trace.steps, trace.latents, ncp.ratios, known.ratios):
+            z = torch.cat([z, step.prior.sample()])
+            context = None if step.context is None else step.context.repeat(2, 1)
+            found = torch.corrcoef(torch.stack([learned(z, context), true(z, context)]))[0, 1]
+            assert found > 0.95
+            if context is not None:
+                assert torch.corrcoef(torch.stack([learned(z, context.flip(0)), true(z, context)]))[0, 1] < 0.9
+
+
+# refusals
+
+def wall(edge, inside=0.0):
+    return function(lambda z, c: torch.where(z > edge, inside, -inf).sum(-1))
+
+
+def walled(edge, inside=0.0):
+    return SimpleNamespace(vae=Ladder(2), ratios=[wall(edge, inside), wall(-99.0)])
+
+
+def test_particles_of_weight_zero_die_and_the_rest_go_on():
+    population = SMC().run(walled(1.0), 2000, generator=generator(29))
+    p = 1 - Normal(0.0, 1.0).cdf(torch.tensor(1.0)).item()
+    assert (population.trace.latents[0] > 1).all() and abs(exp(population.log_z) - p) < 5 * sqrt(p * (1 - p) / 2000)
+    with pytest.raises(ValueError, match="weight zero"):
+        SIR(1).sample(walled(1.0), 2000)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: SMC().sample(walled(99.0), 50), ValueError, "all 50 particles have weight zero at group 0"),
+    (lambda: SMC().sample(walled(0.0, nan), 50), ValueError, "NaN or .inf"),
+    (lambda: SMC().sample(walled(0.0, inf), 50), ValueError, "NaN or .inf"),
+    (lambda: JointLangevin(5, 0.1).sample(walled(0.0, nan), 50), ValueError, "JointLangevin.*at the start"),
+    (lambda: JointLangevin(5, 0.1).sample(walled(99.0), 50), ValueError, "JointLangevin.*at the start"),
+    (lambda: JointLangevin(300, 9.0).sample(ladder(), 50), ValueError, "JointLangevin.*on the way.*9.0"),
+    (lambda: JointLangevin(5, 0.1).sample(coins(), 50), TypeError, "Normal.*Categorical"),
+    (lambda: JointLangevin(5, 0.1).draw(lambda z: z.sum(-1), MultivariateNormal(torch.zeros(4, 2), torch.eye(2))), TypeError, "Normal"),
+    (lambda: SMC().sample(ladder(), 0), ValueError, "at least 1, got 0"),
+    (lambda: JointLangevin(5, 0.1).sample(ladder(), 0), ValueError, "at least 1, got 0"),
+    (lambda: SIR([5, 5]).sample(ladder(), 4), ValueError, "2 budgets for 3"),
+    (lambda: SMC(0), ValueError, "got 0"), (lambda: SMC(2.5), ValueError, "got 2.5"),
+    (lambda: SMC(resample_below=1.5), ValueError, "got 1.5"), (lambda: SMC(resample_below=nan), ValueError, "got nan"),
+    (lambda: JointLangevin(0, 0.1), ValueError, "JointLangevin.*got 0"), (lambda: JointLangevin(5, -1.0), ValueError, "got -1.0"),
+    (lambda: SMC().sample(ladder(), 4, temperature=0.0), ValueError, "temperature"),
+    (lambda: JointLangevin(5, 0.1).sample(ladder(), 4, temperature=0.0), ValueError, "temperature"),
+    (lambda: SMC().sample(coins(), 4, temperature=0.5), TypeError, "Normal"),
+    (lambda: proposal_budget(ladder(), 100, 200), ValueError, "got 200"), (lambda: proposal_budget(ladder(), 100, nan), ValueError, "got nan"),
+    (lambda: proposal_budget(ladder(), 0, 1), ValueError, "got 0"),
+    (lambda: proposal_budget(walled(99.0), 10, 2), ValueError, "weight zero"),
+    (lambda: proposal_budget(walled(0.0, nan), 10, 2), ValueError, "NaN or .inf")])
+def test_bad_input_is_refused_and_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_noise_of_a_nested_independent():
+    prior = Independent(Independent(Normal(torch.ones(3, 2, 2), 2.0), 1), 1)
+    assert torch.equal(from_noise(prior, torch.ones(3, 4)), torch.full((3, 2, 2), 3.0))
+
+
+def test_ess_is_that_of_the_particles_weights():
+    population = SMC(resample_below=0.0).run(coins((0.5, 1.5)), 1000, generator=generator(30))
+    first = SIR(1).sample(coins(), 1000, generator=None).latents[0]
+    weights = torch.tensor([0.5, 1.5])[first].log()
+    assert abs(population.ess[0] / effective_sample_size(weights, 0).item() - 1) < 0.1 and abs(population.ess[0] - 800) < 50
+    assert population.log_z == pytest.approx(log(2.5), abs=0.2)
