@@ -32,24 +32,29 @@ def synchronize():
 
 
 def seconds(call):
-    "Wall-clock seconds of one call."
+    "Seconds of one call: on the clock, and of this process on its CPUs."
     synchronize()
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
     synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def compare(calls, repeats):
     """Times of several calls, measured in turns, so that whatever else the machine does falls on all of them alike.
 
-    calls: {name: call}. Each is called once before, unmeasured. Returns {name: {median_s, min_s, max_s, repeats}}."""
+    calls: {name: call}. Each is called once before, unmeasured. Returns {name: {median_s, min_s, max_s, cpu_s, repeats}}: times
+    on the clock, and the median of the time on the CPU. Where one thread works and cpu_s is well below median_s, the
+    machine was busy with something else, or waited for a GPU."""
     for call in calls.values():
         call()
     rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(repeats)]
-    columns = {name: [row[name] for row in rounds] for name in calls}
-    return {name: {"median_s": statistics.median(column), "min_s": min(column), "max_s": max(column), "repeats": repeats}
-            for name, column in columns.items()}
+    found = {}
+    for name in calls:
+        wall, cpu = zip(*(row[name] for row in rounds))
+        found[name] = {"median_s": statistics.median(wall), "min_s": min(wall), "max_s": max(wall),
+                       "cpu_s": statistics.median(cpu), "repeats": repeats}
+    return found
 
 
 def ratio(times, name, other):

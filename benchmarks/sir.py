@@ -22,7 +22,7 @@ from ncp_vae.sampling import SIR, effective_sample_size                         
 from ncp_vae.walk import diagonal_normal                                                       # noqa: E402
 
 LATENT, CONTEXT = (20, 8, 8), (128, 8, 8)      # the smallest maps of a CelebA-64 model
-CHUNK = 128                                    # proposals at a time: maps of 64 channels then take 2 MB each
+ROWS = 512                                     # rows in one call: a map of 64 channels then takes 8 MB
 FULL = {"width": 64, "narrow": 16, "proposals": [500, 5_000, 50_000], "rate_proposals": 512, "at_once": [128, 512, 2_048],
         "images": 16, "steps": 60, "batch": 32, "matrix": 2_048, "repeats": 7, "compile": True, "compare_memory": True}
 QUICK = {"width": 8, "narrow": 4, "proposals": [64, 128, 256], "rate_proposals": 128, "at_once": [128],
@@ -78,7 +78,7 @@ def drawn(ratio, context, proposals, kind="streaming"):
     with torch.no_grad():
         log_ratio = expanded(ratio, context) if kind.endswith("expanded") else ratio.condition(context)
         if kind.startswith("streaming"):
-            return SIR(proposals, CHUNK).draw(log_ratio, prior, torch.Generator().manual_seed(1))
+            return SIR(proposals, max(1, ROWS // len(context))).draw(log_ratio, prior, torch.Generator().manual_seed(1))
         return all_at_once(log_ratio, prior, proposals)
 
 
@@ -170,7 +170,8 @@ def same_answers(networks, settings):
     context, z, exact = draws(settings["images"])
     proposals = standard(settings["images"]).sample((settings["rate_proposals"],))
     with torch.no_grad():
-        logits = {name: module.condition(context)(proposals) for name, module in networks.items()}
+        logits = {name: torch.cat([*map(module.condition(context), proposals.split(max(1, ROWS // len(context))))])
+                  for name, module in networks.items()}
         held_out = networks["plain"].condition(context)(z)
     picks = {name: drawn(module, context, settings["rate_proposals"]) for name, module in networks.items()}
     plain = logits["plain"]
@@ -215,12 +216,12 @@ def main():
     torch.set_num_threads(args.threads)
     settings = QUICK if args.quick else FULL
     results = {"benchmark": "sir", "quick": args.quick, "machine": common.machine(),
-               "settings": {**settings, "latent": LATENT, "context": CONTEXT, "chunk": CHUNK}}
+               "settings": {**settings, "latent": LATENT, "context": CONTEXT, "rows": ROWS}}
     results["memory"] = memory(settings, args.threads)
     ratio = trained(settings["width"], settings["steps"], settings["batch"])
     networks = variants(ratio, settings)
-    results["same_answers"] = same_answers(networks, settings)
     results["rate"] = rate(networks, settings)
+    results["same_answers"] = same_answers(networks, settings)
     results["at_once"] = time_at_once(networks["channels_last"], settings)
     narrow = speed_up(ConvRatio(LATENT, CONTEXT, settings["narrow"]).eval(), channels_last=True)
     results["time_in_proposals"] = time_in_proposals(narrow, settings)

