@@ -61,7 +61,7 @@ class Likelihoods:
     gain: Score            # ncp - base
     gain_bound: Score      # ncp_bound - base
 
-# %% ../../nbs/engine/evaluate.ipynb #52e852f7
+# %% ../../nbs/engine/evaluate.ipynb #1abbda64
 def pool_std_error(ncp: NoiseContrastivePrior, num_samples: int, generator: torch.Generator) -> float:
     "Of the log mean ratio of S = num_samples proposals of the first group: (1 / ESS - 1 / S)^(1/2), nats."
     with torch.no_grad():
@@ -69,6 +69,7 @@ def pool_std_error(ncp: NoiseContrastivePrior, num_samples: int, generator: torc
         ess = SIR(num_samples).resample(ncp.ratios[0].condition(step.context), step.prior, generator).ess.item()
     return max(0.0, 1 / ess - 1 / num_samples) ** 0.5
 
+# %% ../../nbs/engine/evaluate.ipynb #09cf5831
 def compare(ncp: NoiseContrastivePrior, images: Tensor, *, num_samples: int, log_z_samples: int, proposals: int,
             seed: int, bound_images: int | None = None, copies: int = 1) -> tuple[Likelihoods, Estimate]:
     """Both likelihoods of p_NCP beside the base's, on the same images and posterior draws, and the log Z that was used.
