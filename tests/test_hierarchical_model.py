@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from ncp_vae.bound import elbo
-from ncp_vae.engine.train import Recipe, fit_ncp, fit_vae
+from ncp_vae.engine.train import Recipe, fit_ncp, fit_vae, stages
 from ncp_vae.models.hierarchical import DenseHierarchy, hidden_for
 from ncp_vae.models.ratios import MLPRatio
+from ncp_vae.sampling import SIR
 from ncp_vae.walk import from_prior
 
 IMAGES = torch.bernoulli(torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
@@ -72,6 +73,17 @@ def test_a_switch_changes_the_result_by_rounding_only(switch):
     (mean, log_r), (other_mean, other_log_r) = results
     assert torch.allclose(mean, other_mean, atol=0.02) and torch.allclose(log_r, other_log_r, atol=0.05)
     assert all(parameter.dtype == torch.float32 for parameter in ncp.parameters())
+
+
+def test_a_second_stage_multiplies_a_ratio_on_in_every_group():
+    vae = fit_vae(small(2), IMAGES, **FEW)
+    first = fit_ncp(vae, IMAGES, **FEW)
+    second = fit_ncp(vae, IMAGES, base=first, sampler=SIR([4, 8]), **{**FEW, "seed": 1})
+    trace = vae.walk(from_prior(generator=torch.Generator().manual_seed(3)), n=16)
+    for ratio, step, z in zip(second.ratios, trace.steps, trace.latents):
+        one, two = (stage(z, step.context) for stage in ratio.stages)
+        assert torch.allclose(ratio(z, step.context), one + two) and two.std() > 0
+    assert stages(second) == 2 and second.sample(3, SIR([4, 8])).latents[1].shape == (3, 2)
 
 
 def test_recipes_are_checked():
