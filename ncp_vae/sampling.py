@@ -121,13 +121,14 @@ class Resampled:
     log_mean_ratio: Tensor  # [B], log (1/M) sum_m r(z_m): an estimate of log Z, in nats
     ess: Tensor             # [B], effective sample size of the M weights
 
-# %% ../nbs/theory/05_sampling.ipynb #196aa2c6
+# %% ../nbs/theory/05_sampling.ipynb #ed82aa85
 class SIR(Sampler):
     """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, odds r(z).
 
     proposals: M, one int, or one for each group. chunk: at most so many are evaluated at once
-    (memory grows with it, not with M); None: 65536 over all rows. Raises ValueError where M or
-    chunk is less than 1, a log ratio is NaN or +inf, or every weight of a row is zero."""
+    (memory grows with it, not with M); None: 65536 over all rows, or 2^20 numbers where a latent
+    has more than 16. Raises ValueError where M or chunk is less than 1, a log ratio is NaN or
+    +inf, or every weight of a row is zero."""
 
     def __init__(self, proposals: int | list[int], chunk: int | None = None):
         by_group = isinstance(proposals, (list, tuple))
@@ -143,7 +144,8 @@ class SIR(Sampler):
         "One streaming pass over M proposals. A row whose weights are all zero has log_sum -inf."
         if not isinstance(self.proposals, int):
             raise ValueError("SIR has a budget for each group: use sample, or for_group(k) first")
-        chunk = self.chunk or max(1, 2**16 // max(1, prior.batch_shape.numel()))
+        rows = min(2**16, 2**20 // max(1, prior.event_shape.numel()))       # maps take room
+        chunk = self.chunk or max(1, rows // max(1, prior.batch_shape.numel()))
         def weigh(z):
             parts = [log_ratio_at(log_ratio, part, prior) for part in z.split(chunk)]
             return check_log_weights(torch.cat(parts))
@@ -351,7 +353,7 @@ class HMC(Chain):
             log_mean += t**-0.75 * (log_step - log_mean)
         return state, exp(log_mean)
 
-# %% ../nbs/theory/06b_hierarchy.ipynb #226ccf94
+# %% ../nbs/theory/06b_hierarchy.ipynb #0046cdde
 from math import ceil
 
 from torch.distributions import Independent, Normal
