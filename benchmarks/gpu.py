@@ -109,12 +109,12 @@ def measure_rate(settings, ncp, device, dtype):
     size, rows, products = settings["matrix"], settings["at_once"], 10
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     calls, work, counts = {"matrix product": lambda: [a @ b for _ in range(products)]}, {}, {}
-    for side, (k, count) in scales(ncp).items():
-        z, c = (torch.randn(n, *shape, device=device) for n, shape in
-                ((rows, ncp.vae.latent_shapes[k]), (1, ncp.vae.context_shapes[k])))
-        calls[side] = partial(ncp.ratios[k].condition(c), z[:, None])
-        work[side], counts[side] = rows * flops(ncp, k, settings["width"]), count
     with torch.no_grad():
+        for side, (k, count) in scales(ncp).items():
+            z, c = (torch.randn(n, *shape, device=device) for n, shape in
+                    ((rows, ncp.vae.latent_shapes[k]), (1, ncp.vae.context_shapes[k])))
+            calls[side] = partial(ncp.ratios[k].condition(c), z[:, None])
+            work[side], counts[side] = rows * flops(ncp, k, settings["width"]), count
         times = common.compare(calls, 5 * settings["repeats"])
     work["matrix product"] = products * 2 * size**3
     rates = {str(name): {**found, "tflop_s": work[name] / found["median_s"] / 1e12} for name, found in times.items()}
@@ -124,15 +124,15 @@ def measure_rate(settings, ncp, device, dtype):
 
 
 def measure_memory(settings, ncp, device):
-    "Peak memory of one image at each M, in MB, and what the weights take before."
+    "Peak memory of one image at each M, in MB, and what is there before. Each is drawn once unmeasured: libraries try their ways."
     found = {}
-    for m in settings["memory_proposals"][:1] + settings["memory_proposals"]:       # the first once more: libraries take theirs then
+    for m in settings["memory_proposals"]:
+        drawn(ncp, m, 1, settings["memory_at_once"])
         if device.type == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() / 1e6
-        else:
-            before = common.peak_mb()
+        before = torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else common.peak_mb()
         drawn(ncp, m, 1, settings["memory_at_once"])
         common.synchronize()
         peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else common.peak_mb()
@@ -213,7 +213,7 @@ def sample(args):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 TINY = {"model": "nvae:digits", "vae_steps": 60, "ncp_steps": 40, "ncp_width": 2, "held_out_images": 64, "test_images": 64,
-        "num_samples": 2, "log_z_samples": 100, "proposals": 64, "bound_images": 32, "draws": 64, "feature_steps": 5,
+        "num_samples": 2, "log_z_samples": 100, "proposals": 64, "bound_images": 32, "draws": 100, "feature_steps": 5,
         "most_proposals": 64, "target_ess": 4}
 CLI = [sys.executable, "-c", "from ncp_vae.engine.cli import main; raise SystemExit(main())"]
 
@@ -259,11 +259,12 @@ def report(args, run):
             "gain of the NCP, the paper's on MNIST": common.target(found["nll_gain"]["value"], at_least=0.57)}}
     common.write_json((args.out or common.RESULTS / "gpu") / "train.json", results)
     for stage, at in results["stages"].items():
-        print(f"{stage}: step {at['step']} of {at['of']}, {at['steps_a_second'] or 0:.3g} steps a second")
+        speed = f", {at['steps_a_second']:.3g} steps a second" if at["steps_a_second"] else ""
+        print(f"{stage}: step {at['step']} of {at['of']}{speed}")
     trained = len(results["stages"]) == 2 and all(at["step"] == at["of"] for at in results["stages"].values())
-    print({"succeeded": "the run has succeeded"}.get(state, f"the run is {state}: call again") + (
-        "; both trainings are done, and a cell that measures begins anew when it is interrupted: give it the minutes it needs"
-        if trained and state != "succeeded" else ""))
+    print("the run has succeeded" if state == "succeeded" else f"the run is {state}: call again")
+    if trained and state != "succeeded":
+        print("both trainings are done; a cell that measures begins anew where it was interrupted: give it the minutes that it needs")
 
 
 def train(args):

@@ -128,6 +128,19 @@ def test_double_precision_stays_double():
     assert vae.walk(from_posterior(), evidence=vae.encode(images(TINY).double())).log_prior().dtype == torch.float64
 
 
+def test_thirty_untrained_groups_do_not_explode():
+    "The broken twin hears the groups before at full strength from the start."
+    torch.manual_seed(0)
+    vae = NVAE(replace(TINY, groups_per_scale=(30,)))
+    x = images(TINY, 32)
+    with torch.no_grad():
+        quiet = elbo(vae, x).kl.mean(0)
+        for group in vae.groups[1:]:
+            group.prior.reset_norm(), group.see.reset_norm()
+        loud = elbo(vae, x).kl.mean(0)
+    assert quiet.max() < 20 and loud[-1] > 100 * quiet[-1]
+
+
 def test_a_few_steps_raise_the_bound():
     torch.manual_seed(0)
     vae, x = NVAE(TINY), images(TINY, 64) * (torch.arange(8) > 3)          # the left half of every image is black

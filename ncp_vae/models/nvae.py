@@ -7,8 +7,9 @@ __all__ = ['NO_FLOWS', 'PRESETS', 'GROUPS', 'VAEBM', 'LIKE_15', 'PlainConfig', '
            'gaussian', 'Group', 'BottomUp', 'top_down_groups', 'post_process', 'pixel_law', 'NVAE', 'check_batch',
            'balance_alpha', 'kl_balance', 'Preset', 'celeba64', 'preset']
 
-# %% ../../nbs/models/nvae.ipynb #3167609e
+# %% ../../nbs/models/nvae.ipynb #ccdd03a5
 from dataclasses import asdict, dataclass, fields
+from math import log
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def gaussian(parameters: Tensor) -> Distribution:
     loc, log_sigma = at_least_float32(parameters).chunk(2, dim=1)
     return diagonal_normal(soft_clamp(loc), soft_clamp(log_sigma).exp() + 0.01)
 
-# %% ../../nbs/models/nvae.ipynb #143ee085
+# %% ../../nbs/models/nvae.ipynb #3cb4f802
 class Group(nn.Module):
     "What the walk does at one latent group. `cells` lead to it; feature maps are [B, channels, h, w]."
 
@@ -117,7 +118,9 @@ class Group(nn.Module):
         self.mix = NormedConv2d(channels + latent_channels, channels, 1)
         with torch.no_grad():
             self.mix.weight[:, :channels] = torch.eye(channels)[..., None, None]
-        self.mix.reset_norm()
+            self.mix.reset_norm()
+            for head in [] if top else [self.prior, self.see]:
+                head.log_norm -= log(10)
 
     def laws(self, s: Tensor, feature: Tensor | None) -> tuple[Distribution, Distribution | None]:
         "p(z_k | z_<k) from the context s, and q(z_k | z_<k, x) if there is a feature map of an image."
