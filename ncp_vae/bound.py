@@ -30,7 +30,7 @@ def kl_of(step: Step, z: Tensor) -> Tensor:
     except NotImplementedError:
         return step.posterior.log_prob(z) - step.prior.log_prob(z)
 
-# %% ../nbs/theory/02_bound.ipynb #75aad2f4
+# %% ../nbs/theory/02_bound.ipynb #bac33242
 def check_support(likelihood, x: Tensor) -> None:
     "ValueError where x: [B, *image] has not the likelihood's shape or lies outside its support (if it states one)."
     shape = likelihood.batch_shape + likelihood.event_shape
@@ -42,7 +42,8 @@ def check_support(likelihood, x: Tensor) -> None:
         return
     if not support.check(x).all():
         raise ValueError(f"images in [{x.min():.3g}, {x.max():.3g}] lie outside the likelihood's support, "
-                         f"{getattr(support, 'base_constraint', support)}: binarise them for a Bernoulli likelihood")
+                         f"{getattr(support, 'base_constraint', support)}: binarise them for a Bernoulli likelihood, "
+                         "bring them to its levels for one of few bits")
 
 # %% ../nbs/theory/02_bound.ipynb #d9428930
 def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -> Elbo:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['size', 'MLPRatio', 'FactorizedReduction', 'ResidualBlock', 'PooledLogit', 'check_maps', 'ConvRatio']
 
-# %% ../../nbs/models/ratios.ipynb #1736737b
+# %% ../../nbs/models/ratios.ipynb #2afc4119
 from typing import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .cells import SqueezeExcite
+from .cells import SqueezeExcite, squares
 from ..nce import RatioEstimator
 
 # %% ../../nbs/models/ratios.ipynb #4f1ec2a6
@@ -49,7 +49,7 @@ class MLPRatio(RatioEstimator):
             return self.rest(self.from_z(z.flatten(-len(self.latent_shape))) + offset).squeeze(-1)
         return log_ratio
 
-# %% ../../nbs/models/ratios.ipynb #b251f7b0
+# %% ../../nbs/models/ratios.ipynb #99fe89f4
 class FactorizedReduction(nn.Module):
     "x: [N, C, H, W] -> [N, 2C, H/2, W/2]; each quarter of the channels sees one pixel of every 2x2 square."
 
@@ -58,7 +58,7 @@ class FactorizedReduction(nn.Module):
         self.conv = nn.Conv2d(4 * channels, 2 * channels, 1, groups=4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(torch.cat([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1))
+        return self.conv(squares(x))
 
 # %% ../../nbs/models/ratios.ipynb #c39e3ebd
 class ResidualBlock(nn.Module):

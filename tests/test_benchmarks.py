@@ -1,0 +1,110 @@
+"""The benchmarks' own logic, on the tiny shapes of --quick: what they compare is equal, and what is measured is kept."""
+import copy
+import importlib.util
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ncp_vae.engine import checkpoint
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def script(name):
+    "A script of the folder as a module."
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_measures_both_ways(tmp_path, monkeypatch):
+    "Figures of tiny shapes say nothing; that they are there, positive, and that the two ways train the same weights, does."
+    out = tmp_path / "training.json"
+    monkeypatch.setattr(sys, "argv", ["training.py", "--quick", "--out", str(out)])
+    script("training").main()
+    found = json.loads(out.read_text())
+    assert set(found["time"]) == {"dense, K = 2", "nvae, K = 2"}
+    assert all(value > 0 for times in found["time"].values() for value in times.values())
+    assert len(found["losses"]["dense, K = 2"]["one_pass"]) == 2
+    assert found["weights_apart"] == {"dense, K = 2": 0.0}
+
+
+def test_a_walk_that_leaves_early_has_other_random_numbers():
+    "The broken twin of weights_apart: it is above zero where the draws differ, so zero says something."
+    training = script("training")
+    images = training.load("digits", "train").images
+    vae, ratios = training.built("dense", 2, training.QUICK)
+    start, same = copy.deepcopy(ratios.state_dict()), {"steps": 2, "batch_size": 16, "lr": 1e-3, "seed": 0}
+    trained = []
+    for leave in (False, True):
+        ratios.load_state_dict(start)
+        training.fit_alone(vae, ratios, training.Binarized(images), leave, **same)
+        trained.append(copy.deepcopy(ratios.state_dict()))
+    assert any(not torch.equal(a, b) for a, b in zip(trained[0].values(), trained[1].values()))
+    assert any(not torch.equal(a, b) for a, b in zip(trained[0].values(), start.values()))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["sample"], "no CUDA GPU"), (["train"], "no CUDA GPU"), (["sample", "--device", "cpu"], "--quick"),
+    (["sample", "--device", "cpu", "--quick"], "--out")])
+def test_gpu_refuses_what_would_say_nothing(arguments, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=words):
+        script("gpu").main(arguments)
+
+
+def test_gpu_sampling_in_pieces(tmp_path, capsys):
+    "No time: no piece. Time: all. Then nothing is measured again, except a piece that is gone or of other settings."
+    gpu = script("gpu")
+    quick = ["sample", "--device", "cpu", "--quick", "--out", str(tmp_path), "--minutes"]
+    gpu.main([*quick, "-1"])
+    assert "7 pieces left" in capsys.readouterr().out
+    gpu.main([*quick, "9"])
+    parts = {path.stem: path.read_text() for path in tmp_path.glob("*.json")}
+    assert set(parts) == {*gpu.pieces(gpu.QUICK), "sample"}
+    gone, other = "rate-float32", "memory-float32"
+    (tmp_path / f"{gone}.json").unlink()
+    (tmp_path / f"{other}.json").write_text(parts[other].replace('"proposals": 128', '"proposals": 64'))
+    gpu.main([*quick, "9"])
+    now = {path.stem: path.read_text() for path in tmp_path.glob("*.json")}
+    assert {name for name in parts if now[name] != parts[name]} <= {gone, other, "sample"}
+    assert '"proposals": 128' in now[other] and json.loads(now["sample"])["left"] == []
+    assert set(json.loads(now[other])["found"]) == {"64", "128"}
+
+
+def test_gpu_budgets_are_counted():
+    "One group in ten, the first among them, keeps all proposals; the operations follow the evaluations."
+    gpu = script("gpu")
+    ncp = gpu.built(gpu.QUICK, {}, torch.device("cpu"))
+    times = gpu.measure_time(gpu.QUICK, ncp, torch.device("cpu"), 1)
+    assert (times["all"]["evaluations_an_image"], times["budgets"]["evaluations_an_image"]) == (2 * 128, 128 + 64)
+    assert times["budgets"]["tflop_an_image"] == pytest.approx(0.75 * times["all"]["tflop_an_image"])   # both of one shape
+
+
+SAVES = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved'), sys.exit(130)))\ntime.sleep(60)"
+
+
+def test_a_call_is_interrupted_when_its_time_is_up(tmp_path):
+    "As Ctrl-C does, not killed; a command that ends by itself keeps its exit code, and the handler of SIGTERM is put back."
+    gpu, handler = script("gpu"), signal.getsignal(signal.SIGTERM)
+    began = time.monotonic()
+    assert gpu.call_for(3.0, [sys.executable, "-c", SAVES]) == 130
+    assert time.monotonic() - began < 30
+    assert gpu.call_for(30.0, [sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_progress_of_a_run(tmp_path):
+    "The step of the checkpoint, and the speed of the history, in which a resumed run counts its seconds from zero again."
+    gpu = script("gpu")
+    rows = [("vae", 50, 5.0), ("vae", 100, 10.0), ("vae held-out", 100, None), ("vae", 150, 2.0), ("vae", 200, 7.0), ("ncp", 50, 1.0)]
+    lines = [json.dumps({"stage": stage, "step": step, **({"seconds": s} if s else {})}) for stage, step, s in rows]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n")
+    checkpoint.save(tmp_path / "vae.ckpt", {"step": 210, "settings": {"steps": 400}})
+    assert gpu.progress(tmp_path) == {"vae": {"step": 210, "of": 400, "steps_a_second": 10.0}}
