@@ -40,3 +40,12 @@ def test_what_the_readme_claims():
     for name in ("fashion_mnist", "mnist5k"):
         gain = metrics(name)["nll_gain"]
         assert gain["value"] > 3 * gain["std_error"] > 0
+    for name in ("hierarchical", "hierarchical_k1", "hierarchical_k2", "hierarchical_k4", "hierarchical_k10"):
+        gain = metrics(name)["nll_gain"]
+        assert gain["value"] > 5 * gain["std_error"] > 0
+    deep = metrics("hierarchical")
+    assert deep["nll_base"]["value"] < 229.5 and deep["log_z"]["std_error"] < 0.23
+    assert deep["budget_fraction"]["value"] < 0.2      # and no worse, by more than two of its errors, than all the proposals
+    for name in ("frechet", "mmd2"):
+        few, many = deep[f"{name}_budgets"], deep[f"{name}_most"]
+        assert few["value"] - many["value"] < 2 * (few["std_error"] ** 2 + many["std_error"] ** 2) ** 0.5

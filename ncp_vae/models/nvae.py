@@ -252,12 +252,12 @@ def kl_balance(kl: Tensor, alpha: Tensor) -> Tensor:
         coefficients = (kl.abs().mean(0) + 0.01) / alpha
         return coefficients / coefficients.mean()
 
-# %% ../../nbs/models/nvae.ipynb #4890d40f
+# %% ../../nbs/models/nvae.ipynb #7aaeb1ff
 @dataclass(frozen=True)
 class Preset(PlainConfig):
     "An `NVAEConfig` and the recipe it is trained with: Adamax (eps 1e-3), a linear warm-up, then a cosine from lr to lr_min."
     config: NVAEConfig
-    dataset: str                # a name of ncp_vae.engine.data.load
+    dataset: str                # as in ncp_vae.engine.data.load, which has no colour sets yet
     epochs: int
     batch_size: int             # of all processes together
     spectral: float             # weight of NVAE.regularisation()

@@ -19,7 +19,7 @@ def size(shape) -> torch.Size:
     "A shape given as a tuple, or as one int."
     return torch.Size([shape] if isinstance(shape, int) else shape)
 
-# %% ../../nbs/models/ratios.ipynb #d980b878
+# %% ../../nbs/models/ratios.ipynb #b22f2225
 class MLPRatio(RatioEstimator):
     """log r(z, c) by a multilayer perceptron on the flattened latent and, where there is one, context.
 
@@ -36,7 +36,7 @@ class MLPRatio(RatioEstimator):
         layers = [activation()]
         for width, after in zip(hidden[:-1], hidden[1:]):
             layers += [nn.Linear(width, after), activation()]
-        self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+        self.rest, self.logit = nn.Sequential(*layers), nn.Linear(hidden[-1], 1)
 
     def condition(self, context: Tensor | None):
         found = None if context is None else context.shape[1:]
@@ -46,7 +46,9 @@ class MLPRatio(RatioEstimator):
         def log_ratio(z: Tensor) -> Tensor:
             if z.shape[-len(self.latent_shape):] != self.latent_shape:
                 raise ValueError(f"MLPRatio: latents end in {tuple(self.latent_shape)}, got shape {tuple(z.shape)}")
-            return self.rest(self.from_z(z.flatten(-len(self.latent_shape))) + offset).squeeze(-1)
+            h = self.rest(self.from_z(z.flatten(-len(self.latent_shape))) + offset)
+            with torch.autocast(z.device.type, enabled=False):       # a logit in bf16 would have 8 bits
+                return self.logit(h.to(self.logit.weight.dtype)).squeeze(-1)
         return log_ratio
 
 # %% ../../nbs/models/ratios.ipynb #99fe89f4

@@ -29,7 +29,7 @@ def outermost(module: nn.Module) -> Iterator[nn.Sequential]:
         for child in module.children():
             yield from outermost(child)
 
-# %% ../../nbs/models/speed.ipynb #4fb63fe8
+# %% ../../nbs/models/speed.ipynb #e51afe83
 def speed_up(module: nn.Module, channels_last: bool = False, compile: bool = False) -> nn.Module:
     """Switch a network to faster execution, in place; values change by rounding only. Returns it.
 
@@ -44,6 +44,8 @@ def speed_up(module: nn.Module, channels_last: bool = False, compile: bool = Fal
                            "install g++, or leave compile off")
     if channels_last:
         module.to(memory_format=torch.channels_last)
+    if compile:       # one compilation for each part, mode and shape; torch gives up after 8 of the same code
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for part in parts if compile else ():
         part.compile()
     return module
