@@ -20,3 +20,13 @@ def test_run_at_smoke_preset(name, command, tmp_path):
     assert {"commit", "environment"} <= set(record) and record["metrics"]
     for metric in record["metrics"].values():
         assert isinstance(metric["value"], (int, float)) and metric["kind"] in KINDS and metric["unit"]
+
+
+def test_the_hierarchical_run_takes_an_nvae(command, tmp_path):
+    "The same page with convolutional groups and ratios, on the smallest preset and for a few steps."
+    small = dict(model="nvae:digits", vae_steps=30, ncp_steps=20, ncp_width=8, held_out_images=64, test_images=64, num_samples=2,
+                 log_z_samples=100, proposals=8, bound_images=20, draws=200, feature_steps=20, most_proposals=64, target_ess=4)
+    given = [part for name, value in small.items() for part in ("-p", f"{name}={value}")]
+    command("ncp-vae", "run", "hierarchical", *given, "--out", tmp_path / "run", cwd=tmp_path, timeout=300)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]
+    assert {"loss_1", "loss_2", "nll_gain", "mmd2_budgets", "frechet_most"} <= set(metrics) and "loss_3" not in metrics

@@ -81,15 +81,15 @@ def copy_likelihoods(ncp: NoiseContrastivePrior, images: Tensor, num_samples: in
         values.append(log_likelihoods(ncp.vae, x, num_samples, part_seed, [None, ncp.normalised_log_ratio, *bound]))
     return torch.cat([v[:2] for v in values], dim=1), torch.cat([v[2:].flatten() for v in values])
 
-# %% ../../nbs/engine/evaluate.ipynb #19fc95a7
+# %% ../../nbs/engine/evaluate.ipynb #981853c3
 def compare(ncp: NoiseContrastivePrior, images: Tensor, *, num_samples: int, log_z_samples: int, proposals: int,
             seed: int, bound_images: int | None = None, copies: int = 1,
             keep: Callable = lambda name, compute: compute()) -> tuple[Likelihoods, Estimate]:
     """Both likelihoods of p_NCP beside the base's, on the same images and posterior draws, and the log Z that was used.
 
     images: [copies * N, *image], every image in its first binarisation, then in the second, and so on; an image's copies are
-    averaged, and errors are over the N. The bound is for the first bound_images (None: N). keep(name, compute) may remember
-    what was computed (`Run.once`). ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
+    averaged, and errors are over the N. The bound is for the first bound_images (None: N), in whole parts. keep(name, compute)
+    may remember what was computed (`Run.once`). ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
     size = len(images) // max(1, copies)
     if copies < 1 or copies * size != len(images) or not 1 <= (size if bound_images is None else bound_images) <= size:
         raise ValueError(f"compare: {len(images)} images must be whole copies, got copies = {copies}, and bound_images lie "
