@@ -153,6 +153,8 @@ def test_cells_are_short():
         return 25 if directives(cell) & {"export", "exports"} and not is_class else 40
     none(f"{where}: {length} lines, {limit(cell)} allowed" for where, cell in cells("code")
          if (length := len(code_lines(cell))) > limit(cell))
+    none(f"{where}: {length} lines with blank ones and directives, 40 allowed" for where, cell in cells("code")
+         if (length := len(cell.source.split("\n"))) > 40)
 
 
 def test_imports_stand_in_cells_of_their_own():

@@ -7,7 +7,7 @@ __all__ = ['RANGE', 'PRESETS', 'PACKAGES', 'KINDS', 'ATTEMPT', 'split_comment', 
            'parse_parameter', 'parse_parameters', 'unknown', 'Experiment', 'params_for', 'read_experiment', 'home',
            'notebooks', 'find_experiment', 'output_of', 'commit', 'environment', 'Metric', 'finite', 'write_json',
            'read_json', 'alive', 'state_of', 'begin', 'end', 'fresh_folder', 'new_run', 'resume_run', 'check_resume',
-           'folder_for', 'Run', 'write_record', 'read_record']
+           'folder_for', 'RunFolder', 'Run', 'write_record', 'read_record']
 
 # %% ../../nbs/engine/experiment.ipynb #1025cfb8
 import ast
@@ -445,21 +445,12 @@ def folder_for(run_dir: str | Path, experiment: str) -> Path:
     print("a run by hand, in", folder.relative_to(home()) if not run_dir else folder)
     return folder
 
-# %% ../../nbs/engine/experiment.ipynb #893a3f7e
-class Run:
-    "One run, as its notebook sees it: a folder to write to, and the record that grows in it."
+# %% ../../nbs/engine/experiment.ipynb #d4958670
+class RunFolder:
+    "Where a run writes its files."
     def __init__(self, folder: Path):
-        self.dir, self.began = folder, time.monotonic()
-        attempt = read_json(folder / "status.json")["attempt"]
-        self.environment = {**environment(), "attempt": attempt}
-        write_json(folder / "environment.json", self.environment)
-        self.metrics: dict[str, Metric] = {}
+        self.dir = folder
         self.kept = {path.name for path in folder.glob("*.pt")}     # by an earlier attempt
-
-    @classmethod
-    def open(cls, run_dir: str | Path, experiment: str) -> "Run":
-        "The run that the command started for this notebook, or one by hand where run_dir is ''."
-        return cls(folder_for(run_dir, experiment))
 
     def path(self, name: str) -> Path:
         "Where a file of this run goes; folders on the way are made."
@@ -471,19 +462,35 @@ class Run:
         "Save a matplotlib figure as figures/NAME.png."
         figure.savefig(self.path(f"figures/{name}.png"), dpi=150, bbox_inches="tight")
 
-    def metric(self, name: str, value, **about) -> Metric:
-        "Record a `Metric`, with its std_error, unit, kind, n, paper; the last of a name counts."
-        self.metrics[name] = metric = Metric(value, **about)
-        with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, **asdict(metric)}) + "\n")
-        return metric
-
     def once(self, name: str, compute: Callable):
         "compute(), tensors or plain values, kept in NAME.pt; or what an earlier attempt kept."
         from ncp_vae.engine import checkpoint
         if f"{name}.pt" not in self.kept:
             checkpoint.save(self.path(f"{name}.pt"), {"value": compute()})
         return checkpoint.load(self.path(f"{name}.pt"))["value"]
+
+# %% ../../nbs/engine/experiment.ipynb #8b0f5584
+class Run(RunFolder):
+    "One run, as its notebook sees it: a folder to write to, and the record that grows in it."
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.began = time.monotonic()
+        attempt = read_json(folder / "status.json")["attempt"]
+        self.environment = {**environment(), "attempt": attempt}
+        write_json(folder / "environment.json", self.environment)
+        self.metrics: dict[str, Metric] = {}
+
+    @classmethod
+    def open(cls, run_dir: str | Path, experiment: str) -> "Run":
+        "The run that the command started for this notebook, or one by hand where run_dir is ''."
+        return cls(folder_for(run_dir, experiment))
+
+    def metric(self, name: str, value, **about) -> Metric:
+        "Record a `Metric`, with its std_error, unit, kind, n, paper; the last of a name counts."
+        self.metrics[name] = metric = Metric(value, **about)
+        with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, **asdict(metric)}) + "\n")
+        return metric
 
     def finish(self) -> Path:
         "Write metrics.json: the last act of a notebook. ValueError where no metric was recorded."
