@@ -1,6 +1,7 @@
 """The command `ncp-vae`, driven as its users drive it: in processes, with signals, on small notebooks in a temporary clone."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,7 @@ def test_list_and_params(ask, clone):
     (["run", "counts", "--out", "FILE"], "cannot write to"),
     (["run", "counts", "--out", "USED"], "never overwrites"),
     (["report", "nowhere"], "no folder nowhere"),
+    (["report"], "results: copy the runs to report on into it"),
     (["sing"], "invalid choice"),
     ([], "required"),
 ])
@@ -211,6 +213,44 @@ def test_the_report_does_not_show_a_damaged_record(ended, ask, clone):
     finally:
         path.write_text(whole)
     assert code == 0 and "no succeeded run" in out and "without a sound record" in out and "3.00" not in out
+
+
+@pytest.fixture
+def results(ended, clone):
+    "A clone with results, of which one failed, and with the notebook that shows them."
+    for name in ("counts", "early"):
+        shutil.copytree(ended[name][3], clone / "results" / name)
+    cell = dict(cell_type="code", id="cell", metadata={}, outputs=[], execution_count=None,
+                source="import sys, time\nprint(2 + 3, file=sys.stderr)\nprint(2 + 2)\n'shown'")
+    notebook = clone / "nbs" / "results.ipynb"
+    notebook.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    yield notebook
+    shutil.rmtree(clone / "results")
+    (clone / "RESULTS.md").unlink(missing_ok=True)
+    notebook.unlink()
+
+
+def test_the_report_writes_the_results_page(results, ask, clone):
+    code, out, err = ask("report")
+    page = (clone / "RESULTS.md").read_text()
+    assert code == 0 and "from 1 runs; 1 without a result" in out, err
+    assert "ncp-vae run counts -p 'name=\"b\"'\n" in page and "| `early` | failed |" in page
+
+
+def test_the_report_executes_the_results_notebook_in_place_and_twice_is_once(results, ask):
+    assert ask("report")[0] == 0
+    first = results.read_bytes()
+    (cell,) = json.loads(first)["cells"]
+    assert [out.get("text", out.get("data")) for out in cell["outputs"]] == [["4\n"], {"text/plain": ["'shown'"]}]
+    assert cell["execution_count"] is None and cell["metadata"] == {}
+    assert ask("report")[0] == 0 and results.read_bytes() == first
+
+
+def test_a_results_notebook_that_fails_stays_as_it_was(results, ask):
+    broken = results.read_text().replace("2 + 2", "1 / 0")
+    results.write_text(broken)
+    code, _, err = ask("report")
+    assert code == 2 and "ZeroDivisionError" in err and "Traceback" not in err and results.read_text() == broken
 
 
 def test_a_run_never_overwrites_another(ended, ask):

@@ -1,13 +1,19 @@
 """Loading: small files in the true formats, and what is said when they are missing or damaged."""
 import gzip
+import hashlib
+import pickle
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import write_celeba, write_celebahq, write_cifar10, write_folder
 
-from ncp_vae.engine import data
+from ncp_vae.engine import data, stored
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the set of the papers")      # the files here are tiny
 
 
 def idx(array):
@@ -178,3 +184,273 @@ def test_labels_that_are_not_there(images, tmp_path):
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(images))           # images under the labels' name
     with pytest.raises(ValueError, match="train-labels-idx1-ubyte is not a whole IDX file of bytes in 1 dimension"):
         data.load_labels("mnist", root=tmp_path)
+
+
+# ---- the published files, and no others -----------------------------------------------------------------------------
+
+def test_checksums_of_cifar10_are_those_of_torchvision():
+    from torchvision.datasets import CIFAR10
+    assert CIFAR10.base_folder == "cifar-10-batches-py"
+    assert {f"cifar10/{file}": (10_000, md5) for file, md5 in CIFAR10.train_list + CIFAR10.test_list} == {
+        key: value for key, value in data.CHECKSUMS.items() if key.startswith("cifar10/")}
+
+
+@pytest.mark.skipif(not data.DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
+@pytest.mark.parametrize("stem, date", [("train-labels-idx1-ubyte", 1504176606), ("t10k-images-idx3-ubyte", 1504176627)])
+def test_checksums_of_fashion_mnist_are_of_the_files_that_torchvision_knows(stem, date):
+    """Debian compressed without name and date: with both put back, the gzip file has the MD5 of torchvision's list."""
+    from torchvision.datasets import FashionMNIST
+    raw = (data.DEBIAN / f"{stem}.gz").read_bytes()
+    published = raw[:3] + b"\x08" + date.to_bytes(4, "little") + raw[8:10] + stem.encode() + b"\0" + raw[10:]
+    assert hashlib.md5(published).hexdigest() == dict(FashionMNIST.resources)[f"{stem}.gz"]
+    assert hashlib.md5(gzip.decompress(raw)).hexdigest() == data.CHECKSUMS[f"fashion_mnist/{stem}"][1]
+
+
+def test_an_idx_file_of_full_size_must_be_the_published_one(images, tmp_path, monkeypatch):
+    """Here 'full size' is 7: one bit off is refused, and so is Fashion-MNIST under MNIST's name; the true one gives no warning."""
+    path, key = tmp_path / "t10k-images-idx3-ubyte.gz", "mnist/t10k-images-idx3-ubyte"
+    monkeypatch.setitem(data.CHECKSUMS, key, (7, hashlib.md5(idx(images)).hexdigest()))
+    path.write_bytes(gzip.compress(idx(images)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.load("mnist", "test", root=tmp_path)
+    images[3, 4, 5] ^= 1
+    path.write_bytes(gzip.compress(idx(images)))
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte.gz is not the published file: its checksum is .*delete it"):
+        data.load("mnist", "test", root=tmp_path)
+
+
+def test_a_part_of_a_set_is_not_taken_for_the_set(images, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
+    with pytest.warns(UserWarning, match="train-images-idx3-ubyte holds 7 images or labels, the published set 60000"):
+        data.load("mnist", root=tmp_path)
+
+
+# ---- static_mnist and omniglot --------------------------------------------------------------------------------------
+
+def amat(pixels):
+    return "".join(" ".join(map(str, row)) + "\n" for row in pixels.reshape(-1, 784))
+
+
+def test_static_mnist(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2, (4, 28, 28))
+    (tmp_path / "static_mnist").mkdir()
+    (tmp_path / "static_mnist" / "binarized_mnist_train.amat").write_text(amat(pixels))
+    (tmp_path / "binarized_mnist_test.amat").write_text(amat(pixels[:1]))
+    train, test = data.load("static_mnist", root=tmp_path), data.load("static_mnist", "test", root=tmp_path)
+    assert torch.equal(train.images, torch.from_numpy(pixels).float()[:, None]) and torch.equal(test.images, train.images[:1])
+    assert train.image_shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-7], lambda text: text[2:], lambda text: "", lambda text: "<html>" + text,
+                                    lambda text: "2" + text[1:], lambda text: text.replace(" ", ",", 1), lambda text: text + "0 1\n",
+                                    lambda text: text.replace("\n", " ")])
+def test_damaged_static_mnist(damage, tmp_path):
+    path = tmp_path / "binarized_mnist_train.amat"
+    path.write_text(damage(amat(np.zeros((3, 784), dtype=int))))
+    with pytest.raises(ValueError, match="binarized_mnist_train.amat is not lines of 784 zeros and ones.*delete it"):
+        data.load("static_mnist", root=tmp_path)
+
+
+def chardata(path, count=5):
+    "Omniglot's file: every image a column of 784 numbers, its own columns one after the other."
+    from scipy.io import savemat
+    pictures = np.random.default_rng(0).random((count, 28, 28))
+    columns = pictures.transpose(0, 2, 1).reshape(count, 784).T
+    savemat(path, dict(data=columns, testdata=columns[:, :2], target=np.zeros((50, count))), do_compression=True)
+    return torch.from_numpy(pictures).float()[:, None]
+
+
+def test_omniglot_is_column_major(tmp_path):
+    pictures = chardata(tmp_path / "chardata.mat")
+    assert torch.equal(data.load("omniglot", root=tmp_path).images, pictures)
+    assert torch.equal(data.load("omniglot", "test", root=tmp_path).images, pictures[:2])
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: raw[:200], lambda raw: b"", lambda raw: b"<html>",
+                                    lambda raw: raw[:600] + bytes(200) + raw[800:]])
+def test_damaged_omniglot(damage, tmp_path):
+    path = tmp_path / "chardata.mat"
+    chardata(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="chardata.mat is not Omniglot's chardata.mat.*delete it"):
+        data.load("omniglot", root=tmp_path)
+
+
+def test_omniglot_of_full_size_must_be_the_published_one(tmp_path, monkeypatch):
+    chardata(tmp_path / "chardata.mat")
+    monkeypatch.setitem(data.CHECKSUMS, "omniglot/chardata.mat", (5, "0" * 32))
+    with pytest.raises(ValueError, match="chardata.mat is not the published file"):
+        data.load("omniglot", root=tmp_path)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("static_mnist", "looked for .*binarized_mnist_train.amat.*larocheh"), ("omniglot", "looked for .*chardata.mat.*yburda/iwae"),
+    ("cifar10", "looked for .*cifar-10-batches-py.data_batch_1.*cifar-10-python.tar.gz"),
+    ("celeba64", "celeba64 .train. is not.*img_align_celeba .with the images. and list_eval_partition.txt.*root=FOLDER"),
+    ("celeba64_rae", "list_eval_partition.txt"), ("celebahq256", "celebahq256 for train and test|train and test, with the images")])
+def test_what_is_missing_and_where_it_belongs(name, words, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=words):
+        data.load(name, root=tmp_path)
+    monkeypatch.setenv("NCP_VAE_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        data.load(name)
+
+
+# ---- CIFAR-10 -------------------------------------------------------------------------------------------------------
+
+def test_cifar10_as_torchvision_reads_it(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+    folder = write_cifar10(tmp_path, 3, monkeypatch)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    for split, count in (("train", 15), ("test", 3)):
+        theirs = CIFAR10(str(tmp_path), train=split == "train")
+        ours = data.load("cifar10", split, root=tmp_path)
+        assert ours.images.shape == (count, 3, 32, 32)
+        assert torch.equal((255 * ours.images).round().byte(), torch.from_numpy(theirs.data).permute(0, 3, 1, 2))
+        assert data.load_labels("cifar10", split, root=tmp_path).tolist() == theirs.targets
+    assert torch.equal(data.load("cifar10", "test", root=folder).images, ours.images)           # root is the folder itself
+
+
+def test_a_poisoned_cifar10_file_is_never_unpickled(tmp_path, monkeypatch):
+    folder = write_cifar10(tmp_path, 2, monkeypatch)
+    class Poison:
+        def __reduce__(self):
+            return (folder / "ran").touch, ()
+    (folder / "data_batch_3").write_bytes(pickle.dumps(Poison()))
+    for read in (data.load, data.load_labels):
+        with pytest.raises(ValueError, match="data_batch_3 is not the published file: its checksum.*delete it"):
+            read("cifar10", root=tmp_path)
+    assert not (folder / "ran").exists()
+    assert len(data.load("cifar10", "test", root=tmp_path)) == 2                      # the test set is another file
+
+
+def test_cifar10_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    import torchvision
+    def no_network(*args, **kwargs):
+        raise RuntimeError("no route to host")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
+    with pytest.raises(FileNotFoundError, match="could not be downloaded.*no route.*cifar-10-batches-py.*by hand"):
+        data.load("cifar10", root=tmp_path, download=True)
+
+
+# ---- crops of photographs -------------------------------------------------------------------------------------------
+
+def test_no_pixel_of_the_photographs_is_in_both_splits(monkeypatch):
+    """Photographs whose colour is their column: training and test crops have no column in common, and all crops are cuts."""
+    import sklearn.datasets
+    columns = np.arange(640)
+    numbered = np.broadcast_to(np.stack([columns // 256, columns % 256, 0 * columns], -1).astype(np.uint8), (427, 640, 3))
+    monkeypatch.setattr(sklearn.datasets, "load_sample_image", lambda file: numbered)
+    seen = {}
+    for split in ("train", "test"):
+        crops = (255 * data.load("photos32", split).images).round().long()
+        found = 256 * crops[:, 0] + crops[:, 1]
+        assert (found[..., 1:] - found[..., :-1] == 1).all() and (found == found[:, :1]).all()
+        seen[split] = set(found.unique().tolist())
+    assert not seen["train"] & seen["test"] and len(seen["train"]) == 480 and len(seen["test"]) == 160
+
+
+def test_labels_of_the_crops():
+    """The palace's sky makes its crops brighter than the flower's dark leaves; half of the crops are of each."""
+    for split, count in (("train", 4800), ("test", 800)):
+        images, labels = data.load("photos32", split).images, data.load_labels("photos32", split)
+        assert images.shape == (count, 3, 32, 32) and labels.bincount().tolist() == [count // 2] * 2
+        assert images[labels == 0].mean() > images[labels == 1].mean() + 0.1
+        assert 0.3 < labels[:100].double().mean() < 0.7                              # in no order; P < 1e-4 for a fair coin
+
+
+# ---- CelebA ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, box", [("celeba64", (15, 40, 163, 188)), ("celeba64_rae", (19, 39, 159, 179))])
+def test_which_pixels_of_celeba_survive(name, box, tmp_path):
+    """Red inside the box, black outside: the crop is red to its last pixel. With a box one pixel off on any side it is not."""
+    folder = write_celeba(tmp_path, 2)
+    recipe = data.STORED[name][0]
+    def darkest(left, top, right, bottom):
+        page = Image.new("RGB", (178, 218))
+        page.paste((255, 0, 0), (left, top, right, bottom))
+        page.save(folder / "painted.png")
+        return recipe(folder / "painted.png")[0].min()
+    assert recipe.side == 64 and darkest(*box) == 255
+    for i in range(4):
+        smaller = list(box)
+        smaller[i] += 1 if i < 2 else -1
+        assert darkest(*smaller) < 250
+
+
+def test_splits_of_celeba(tmp_path):
+    """The list decides, and neither the order of the files nor those that it does not name."""
+    folder = write_celeba(tmp_path, 3)
+    Image.new("RGB", (178, 218)).save(folder / "img_align_celeba" / "999999.jpg")
+    train, test = data.load("celeba64", root=tmp_path), data.load("celeba64", "test", root=folder)
+    recipe = data.STORED["celeba64"][0]
+    for rows, numbers in ((train, [1, 2, 3]), (test, [5, 6, 7])):
+        assert rows.image_shape == (3, 64, 64) and len(rows) == 3
+        for row, number in zip(rows.read(slice(None)), numbers):
+            assert torch.equal(row, torch.tensor(recipe(folder / "img_align_celeba" / f"{number:06d}.jpg")))
+
+
+def test_both_crops_lie_beside_each_other_and_need_no_originals(tmp_path):
+    folder = write_celeba(tmp_path, 2)
+    first = data.load("celeba64", root=tmp_path)[:]
+    assert not torch.equal(first, data.load("celeba64_rae", root=tmp_path)[:])
+    shutil.rmtree(folder / "img_align_celeba")
+    assert torch.equal(data.load("celeba64", root=tmp_path)[:], first)
+    (folder / "list_eval_partition.txt").unlink()
+    assert torch.equal(data.load("celeba64", root=tmp_path)[:], first)
+
+
+def test_a_damaged_celeba_says_which_file(tmp_path):
+    folder = write_celeba(tmp_path, 3)
+    face, table = folder / "img_align_celeba" / "000002.jpg", folder / "list_eval_partition.txt"
+    whole = face.read_bytes()
+    face.write_bytes(whole[:500])
+    with pytest.raises(ValueError, match="000002.jpg is not an 8-bit image"):
+        data.load("celeba64", root=tmp_path)
+    Image.new("RGB", (64, 64)).save(face)
+    with pytest.raises(ValueError, match="000002.jpg has .64, 64. pixels .*expected .178, 218."):
+        data.load("celeba64", root=tmp_path)
+    face.unlink()
+    with pytest.raises(FileNotFoundError, match="1 of the 3 images of celeba64 train are missing, .*000002.jpg"):
+        data.load("celeba64", root=tmp_path)
+    face.write_bytes(whole)
+    assert len(data.load("celeba64", root=tmp_path)) == 3                            # nothing of the failures is left
+    table.write_text("<html>quota exceeded</html>")
+    with pytest.raises(ValueError, match="list_eval_partition.txt is not CelebA's list"):
+        data.load("celeba64", "test", root=tmp_path)
+
+
+def test_celeba_prepared_from_another_list_is_refused(tmp_path):
+    folder = write_celeba(tmp_path, 3)
+    data.load("celeba64", root=tmp_path)
+    table = folder / "list_eval_partition.txt"
+    table.write_text(table.read_text().replace("000001.jpg 0", "000001.jpg 1"))
+    with pytest.raises(ValueError, match="celeba64-train.npy was prepared for files.*delete"):
+        data.load("celeba64", root=tmp_path)
+
+
+def test_celebahq_from_its_folders(tmp_path):
+    """`valid` serves where there is no `test`; larger squares are reduced; other sets' names are another file."""
+    write_celebahq(tmp_path, 3, side=300)
+    train, test = data.load("celebahq256", root=tmp_path), data.load("celebahq256", "test", root=tmp_path)
+    assert isinstance(train, stored.Stored) and train.image_shape == (3, 256, 256) and len(train) == len(test) == 3
+    write_folder(tmp_path / "other" / "test", 4, (256, 256))
+    assert len(data.load("celebahq256", "test", root=tmp_path / "other")) == 4
+    assert {file.name for file in (tmp_path / "celebahq256").glob("*.npy")} == {"celebahq256-train.npy", "celebahq256-test.npy"}
+    with pytest.raises(FileNotFoundError, match="celebahq256 .train. is not on this disk"):
+        data.load("celebahq256", root=tmp_path / "other")
+
+
+def test_a_part_of_celeba_is_not_taken_for_it(tmp_path):
+    write_celeba(tmp_path, 2)
+    for _ in range(2):          # when it is prepared, and whenever it is opened
+        with pytest.warns(UserWarning, match="celeba64-train.npy holds 2 images or labels, the published set 162770"):
+            data.load("celeba64", root=tmp_path)
+
+
+def test_sets_without_labels(tmp_path):
+    for name in ("celeba64", "celebahq256", "omniglot", "static_mnist"):
+        with pytest.raises(ValueError, match=f"{name} has no labels; those with labels: .*cifar10, photos32"):
+            data.load_labels(name, root=tmp_path)

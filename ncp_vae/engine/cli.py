@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'say', 'Stop', 'Stopped', 'Progress', 'started_kernel', 'execute', 'attempt', 'without_record', 'reason',
-           'run', 'assignments', 'farewell', 'measure', 'columns', 'outcome', 'report', 'list_experiments',
-           'show_params', 'parser', 'main']
+           'run', 'assignments', 'farewell', 'execute_in_place', 'report', 'list_experiments', 'show_params', 'parser',
+           'main']
 
-# %% ../../nbs/engine/cli.ipynb #005d1a31
+# %% ../../nbs/engine/cli.ipynb #0bc9c68c
 import argparse
 import importlib.util
 import json
@@ -19,12 +19,13 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager, suppress
-from math import floor, log10
 from pathlib import Path
 
-from .experiment import (Experiment, Metric, end, find_experiment, home, new_run,
+from .experiment import (Experiment, end, find_experiment, home, new_run,
                                        notebooks, params_for, read_experiment, read_record,
                                        resume_run, state_of)
+from .report import (columns, compared, listing, measure, read_results,
+                                   results_page)
 
 # %% ../../nbs/engine/cli.ipynb #b2cdfaed
 def say(text: str) -> None:
@@ -214,51 +215,45 @@ def farewell(experiment: Experiment, folder: Path, state: str, problem: str | No
               f"go on with:   {again}", file=sys.stderr)
     return 128 + stop.received[0] if state == "interrupted" else 1
 
-# %% ../../nbs/engine/cli.ipynb #ecd7f48b
-def measure(metric: Metric) -> str:
-    "'-0.310 +- 0.021 nats (estimate)'."
-    if metric.std_error:
-        digits = max(0, 1 - floor(log10(metric.std_error)))
-        value = f"{metric.value:.{digits}f} +- {metric.std_error:.{digits}f}"
-    else:
-        value = f"{metric.value:.6g}"
-    return f"{value} {metric.unit} ({metric.kind})"
+# %% ../../nbs/engine/cli.ipynb #0459d91c
+def execute_in_place(path: Path) -> None:
+    "Execute a notebook and keep its outputs; ValueError where a cell fails, and nothing is written."
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    notebook = nbformat.read(path, as_version=4)
+    with open(os.devnull, "w") as log, started_kernel(log, path.parent) as kernel:
+        try:
+            NotebookClient(notebook, km=kernel, record_timing=False, coalesce_streams=True).execute()
+        except CellExecutionError as error:
+            raise ValueError(f"{path} failed: {error.ename}: {error.evalue}") from None
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            for out in cell.outputs:
+                out.update({"execution_count": None} if "execution_count" in out else {})
+                if "image/png" in out.get("data", {}):
+                    out["data"]["image/png"] = out["data"]["image/png"].rstrip()
+    spec = {"name": "python3", "display_name": "python3", "language": "python"}
+    notebook.metadata = {"kernelspec": spec}
+    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 
-def columns(rows: list[list[str]]) -> str:
-    "Rows of text, aligned."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-# %% ../../nbs/engine/cli.ipynb #c4035059
-def outcome(folder: Path) -> tuple[str, dict | None]:
-    "The state of a run and, where it succeeded, its record."
-    state = state_of(folder)
-    try:
-        return state, read_record(folder) if state == "succeeded" else None
-    except ValueError as error:
-        return f"without a sound record: {error}", None
-
-# %% ../../nbs/engine/cli.ipynb #6060f8aa
+# %% ../../nbs/engine/cli.ipynb #01cee087
 def report(args: argparse.Namespace) -> int:
-    "ncp-vae report: the metrics of succeeded runs; the others by name and state only."
-    roots = [Path(folder) for folder in args.folders] or [home() / "runs"]
-    for root in map(Path, args.folders):
-        if not root.is_dir():
-            raise ValueError(f"no folder {root}: name run folders, or folders that hold some")
-    rows, others = [["experiment", "preset", "metric", "value", "n", "paper", "run"]], []
-    for root in roots:
-        for folder in sorted(path.parent for path in root.rglob("params.json")):
-            name = str(folder.relative_to(root)) if folder != root else folder.absolute().name
-            state, record = outcome(folder)
-            if record is None:
-                others.append([name, state])
-            for title, metric in record["metrics"].items() if record else ():
-                n, paper = ("-" if x is None else str(x) for x in (metric.n, metric.paper))
-                rows.append([record["experiment"], record["preset"], title, measure(metric),
-                             n, paper, name])
-    say(columns(rows) if rows[1:] else f"no succeeded run in {', '.join(map(str, roots))}")
-    if others:
-        say("\nno results:\n" + columns(others))
+    "ncp-vae report: RESULTS.md and the results notebook from results/, or the metrics of folders."
+    if args.folders:
+        say(listing(args.folders))
+        return 0
+    text = results_page(home() / "results")     # before anything is written: is there a folder?
+    (home() / "RESULTS.md").write_text(text, encoding="utf-8")
+    notebook = home() / "nbs" / "results.ipynb"
+    if notebook.is_file():
+        execute_in_place(notebook)
+    runs, others = read_results(home() / "results")
+    errors = [gain.errors or 0.0 for _, gain in compared(runs)]
+    say(f"written: {home() / 'RESULTS.md'}, from {len(runs)} runs; {len(others)} without a result\n"
+        f"{sum(e > 2 for e in errors)} of {len(errors)} comparisons with a base are gains beyond two standard errors")
     return 0
 
 # %% ../../nbs/engine/cli.ipynb #7763cd34
@@ -285,7 +280,7 @@ def show_params(args: argparse.Namespace) -> int:
     say(f"{experiment.subtitle}\n\n{columns(rows)}")
     return 0
 
-# %% ../../nbs/engine/cli.ipynb #db76a2c6
+# %% ../../nbs/engine/cli.ipynb #c37e7082
 def parser() -> argparse.ArgumentParser:
     "The command line."
     top = argparse.ArgumentParser(
@@ -308,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
     option("--out", metavar="DIR", help="a new folder; by default runs/NAME/TIME-PRESET")
     option("--resume", metavar="DIR", help="go on with an unfinished run in its folder")
     add("report", report).add_argument("folders", nargs="*", metavar="DIR",
-                                       help="runs, or folders of runs; by default runs")
+                                       help="runs, or folders of runs, to list the metrics of")
     return top
 
 # %% ../../nbs/engine/cli.ipynb #dd62acd3

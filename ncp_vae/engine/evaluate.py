@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['PART', 'Score', 'average', 'device_of', 'log_likelihoods', 'Likelihoods', 'pool_std_error', 'copy_likelihoods',
-           'compare', 'group_logits', 'group_reports', 'sir_ess', 'block_mmd2', 'nearest']
+           'compare', 'group_logits', 'group_reports', 'sir_ess', 'block_mmd2', 'nearest', 'neighbour_view',
+           'nearest_in']
 
-# %% ../../nbs/engine/evaluate.ipynb #4de00810
+# %% ../../nbs/engine/evaluate.ipynb #94361bfc
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..bound import paired_iwae
@@ -159,4 +162,34 @@ def nearest(queries: Tensor, images: Tensor, k: int = 1, chunk: int = 1000) -> t
         raise ValueError(f"nearest: k must be between 1 and the number of images {len(images)}, got {k}")
     distances = torch.cat([torch.cdist(part.flatten(1), images.flatten(1)) for part in queries.split(chunk)])
     values, indices = distances.topk(k, largest=False)
+    return values, indices
+
+# %% ../../nbs/engine/evaluate.ipynb #205789f7
+def neighbour_view(images: Tensor) -> Tensor:
+    """What Appendix G compares of images [B, C, H, W]: at 64×64, the middle 40×40; smaller than 64 pixels: the image itself.
+
+    Bilinear; averaged over what is left out where it shrinks."""
+    if min(images.shape[-2:]) < 64:
+        return images
+    small = F.interpolate(images, (64, 64), mode="bilinear", antialias=True) if images.shape[-2:] != (64, 64) else images
+    return small[..., 12:52, 12:52]
+
+def nearest_in(samples: Tensor, dataset: Dataset, k: int = 1, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+    """Euclidean distances [B, k] and indices [B, k] of the k images of a Dataset nearest to samples [B, C, H, W] (App. G).
+
+    dataset[list of ints] gives images [n, C, H, W]; they are read `chunk` at a time, so they need not fit into memory. Both
+    sides are seen through `neighbour_view`. Raises ValueError where k or the images' shape does not fit."""
+    if not 1 <= k <= len(dataset):
+        raise ValueError(f"nearest_in: k must be between 1 and the number of images {len(dataset)}, got {k}")
+    queries = neighbour_view(samples.float()).flatten(1)
+    values, indices = torch.empty(len(samples), 0), torch.empty(len(samples), 0, dtype=torch.long)
+    for at in torch.arange(len(dataset)).split(chunk):
+        images = dataset[at.tolist()]
+        if images.shape[1:] != samples.shape[1:]:
+            raise ValueError(f"nearest_in: samples have shape {tuple(samples.shape[1:])}, the images {tuple(images.shape[1:])}")
+        views = neighbour_view(images.to(queries)).flatten(1)
+        found = torch.cdist(queries, views, compute_mode="donot_use_mm_for_euclid_dist").cpu()
+        values, indices = torch.cat([values, found], dim=1), torch.cat([indices, at.expand(len(found), -1)], dim=1)
+        values, order = values.topk(min(k, values.shape[1]), largest=False)
+        indices = indices.gather(1, order)
     return values, indices

@@ -36,12 +36,18 @@ def montage(images: Tensor, columns: int) -> Tensor:
         picture[:, top:top + height, left:left + width] = image
     return picture[0] if channels == 1 else picture.permute(1, 2, 0)
 
-# %% ../../nbs/engine/plots.ipynb #f6ec420c
-def image_panels(panels: dict[str, Tensor], columns: int = 8) -> plt.Figure:
-    "Montages side by side, each under its title. Values: [N, C, H, W] in [0, 1]; grey images are drawn dark on white."
+# %% ../../nbs/engine/plots.ipynb #f298614e
+def image_panels(panels: dict[str, Tensor], columns: int = 8, marked: dict[str, Tensor] = {}) -> plt.Figure:
+    """Montages side by side, each under its title; grey images are drawn dark on white.
+
+    panels: [N, C, H, W] in [0, 1]. marked: [N] of Booleans for some of the titles; True gets a red frame (as Fig. 12)."""
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.5), squeeze=False)
     for ax, (title, images) in zip(axes[0], panels.items()):
         ax.imshow(montage(images, columns), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        height, width = (size + 1 for size in images.shape[-2:])
+        for i in marked.get(title, torch.zeros(0)).flatten().nonzero().flatten().tolist():
+            corner = (i % columns * width, i // columns * height)
+            ax.add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor="tab:red", lw=1.5))
         ax.set_title(title)
         ax.axis("off")
     return fig

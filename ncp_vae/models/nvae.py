@@ -252,12 +252,12 @@ def kl_balance(kl: Tensor, alpha: Tensor) -> Tensor:
         coefficients = (kl.abs().mean(0) + 0.01) / alpha
         return coefficients / coefficients.mean()
 
-# %% ../../nbs/models/nvae.ipynb #7aaeb1ff
+# %% ../../nbs/models/nvae.ipynb #106c78d2
 @dataclass(frozen=True)
 class Preset(PlainConfig):
     "An `NVAEConfig` and the recipe it is trained with: Adamax (eps 1e-3), a linear warm-up, then a cosine from lr to lr_min."
     config: NVAEConfig
-    dataset: str                # as in ncp_vae.engine.data.load, which has no colour sets yet
+    dataset: str                # as in ncp_vae.engine.data.load
     epochs: int
     batch_size: int             # of all processes together
     spectral: float             # weight of NVAE.regularisation()
@@ -295,7 +295,7 @@ PRESETS["cifar10"] = Preset(
                 "its base model, which has the same number of groups.",
     inferred="That the paper's base model is VAEBM's. " + NO_FLOWS)
 
-# %% ../../nbs/models/nvae.ipynb #d4b4e35c
+# %% ../../nbs/models/nvae.ipynb #f88061b3
 def celeba64(per_scale: int, from_source: str, inferred: str) -> Preset:
     "The CelebA-64 family: three scales with `per_scale` groups each."
     return Preset(NVAEConfig((3, 64, 64), (per_scale,) * 3, channels=48, blocks=1, cells_per_block=2, likelihood="normal"),
@@ -319,6 +319,11 @@ PRESETS["celebahq256"] = Preset(
 PRESETS["digits"] = Preset(
     NVAEConfig((1, 8, 8), (2,), channels=8, blocks=1, cells_per_block=1, latent_channels=4, cells_per_group=1), "digits",
     40, 64, 1e-2, from_source="Nothing.", inferred="All: the smallest NVAE with a context, for seconds on one core.")
+
+PRESETS["photos32"] = Preset(
+    NVAEConfig((3, 32, 32), (1, 2), channels=8, blocks=1, cells_per_block=1, latent_channels=4, cells_per_group=1,
+               likelihood="normal"), "photos32", 20, 64, 1e-2, from_source="Nothing.",
+    inferred="All: the smallest NVAE of colour images, to try a page on crops of two photographs.")
 
 # %% ../../nbs/models/nvae.ipynb #b4e4f7bb
 def preset(name: str) -> Preset:

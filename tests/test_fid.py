@@ -1,0 +1,348 @@
+"""Image scores: against closed forms, scipy and torchmetrics, over processes, and what is refused."""
+import os
+import socket
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from sklearn.neighbors import KDTree
+from torch import nn
+
+from ncp_vae.engine.data import Rows
+from ncp_vae.engine.evaluate import nearest, nearest_in, neighbour_view
+from ncp_vae.engine.features import FeatureNet, feature_distance, frechet_distance
+from ncp_vae.engine.fid import (FID, KID, NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, Given,
+                                ImageScorer, Protocol, claimed_name, features_for, reconstructions, reference_indices,
+                                score_images, to_bytes)
+from ncp_vae.models.flat import DenseVAE
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Blocks(nn.Module):
+    "Bytes of any shape -> the means of 8 equal parts, times 4."
+    num_features, is_standard, name = 8, False, "means of parts"
+
+    def forward(self, images):
+        return images.float().flatten(1).unflatten(1, (8, -1)).mean(-1) / 64
+
+
+def accumulate(metric, real, fake, batch=100):
+    for rows, kind in [(real, True), (fake, False)]:
+        for part in rows.split(batch):
+            metric.update(part, real=kind)
+    return metric
+
+
+def noise(n, generator):
+    return torch.rand(n, 1, 4, 4, generator=generator)
+
+
+REAL = torch.rand(330, 1, 4, 4, generator=torch.Generator().manual_seed(1)) ** 2
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+def test_bytes_are_rounded_and_cut_off():
+    values = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 127.4 / 255, 127.6 / 255, 1.0, -0.1, 1.1, float("inf")])
+    assert to_bytes(values).tolist() == [0, 0, 1, 127, 128, 255, 0, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stored_bytes_come_back(dtype):
+    levels = torch.arange(256)
+    assert torch.equal(to_bytes(levels.to(dtype) / 255), levels.byte())
+
+
+@pytest.mark.parametrize("images, words", [(torch.zeros(2, 1, 4, 4).byte(), "torch.uint8"),
+                                           (torch.tensor([0.0, float("nan")]), "1 of 2 values are NaN")])
+def test_what_cannot_become_bytes_is_refused(images, words):
+    with pytest.raises(ValueError, match=words):
+        to_bytes(images)
+
+
+# ---- the distance ---------------------------------------------------------------------------------------------------
+
+def test_fid_is_the_rows_distance_and_torchmetrics():
+    real, fake = randn(500, 12) @ randn(12, 12, seed=1), randn(300, 12, seed=2) @ randn(12, 12, seed=3) + 1
+    fid = accumulate(FID(Given(12)), real, fake)
+    found = fid.compute()
+    assert found.value == pytest.approx(frechet_distance(real, fake), rel=1e-9)
+    assert found.value == pytest.approx(fid.states.compute().item(), rel=4e-6)
+    assert found.n == 300 and found.kind == "estimate" and found.std_error is None
+
+
+def test_fid_of_fewer_images_than_features_agrees_with_torchmetrics():
+    real, fake = randn(30, 100), randn(40, 100, seed=1) * 2
+    fid = accumulate(FID(Given(100)), real, fake, 7)
+    assert fid.compute().value == pytest.approx(fid.states.compute().item(), rel=4e-6)
+
+
+def test_fid_of_known_gaussians():
+    """N(0, s^2) and N(d, t^2) along the axes: |d|^2 + |s - t|^2. The sets are whitened first, so that their moments are these
+    to the rounding of float32, and there is nothing to sample."""
+    s, t, d = torch.tensor([1.0, 2.0, 0.1]), torch.tensor([3.0, 1.0, 0.1]), torch.tensor([0.0, 1.0, -2.0])
+    def white(seed):
+        x = randn(400, 3, seed=seed).double()
+        x = x - x.mean(0)
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
+    fid = accumulate(FID(Given(3)), white(0) * s, white(1) * t + d)
+    assert fid.compute().value == pytest.approx((d.square().sum() + (s - t).square().sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 20, 500])
+def test_identical_sets_are_at_distance_zero(rows):
+    "Also singular ones, in other batches and another order; far from the origin, where sums cancel, to their rounding."
+    x = randn(rows, 40)
+    assert accumulate(FID(Given(40)), x, x.flip(0), 7).compute().value < 1e-6
+    assert accumulate(FID(Given(40)), x + 100, x.flip(0) + 100, 7).compute().value < 1e-6
+
+
+@pytest.mark.parametrize("features, words", [(torch.full((4, 3), float("nan")), "12 features that are NaN"),
+                                             (torch.full((4, 3), float("inf")), "NaN or infinite"),
+                                             (torch.zeros(4, 2), r"\(4, 2\) of 4 images, expected \(4, 3\)")])
+def test_bad_features_do_not_enter_a_sum(features, words):
+    for metric in (FID(Given(3)), KID(Given(3))):
+        with pytest.raises(ValueError, match=words):
+            metric.update(features, real=True)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="at least 2 images of each kind, got 1 real and 5 generated"):
+        accumulate(FID(Given(3)), randn(1, 3), randn(5, 3)).compute()
+    with pytest.raises(ValueError, match="got 0 real and 0 generated"):
+        FID(Given(3)).compute()
+    with pytest.raises(ValueError, match="at least 20 images of each kind, got 19 real and 0 generated"):
+        accumulate(KID(Given(3)), randn(19, 3), randn(0, 3)).compute(0)
+
+
+# ---- the kernel distance --------------------------------------------------------------------------------------------
+
+def test_kid_is_the_mean_over_disjoint_subsets():
+    "With ten subsets of all rows, written out."
+    x, y = randn(200, 5), randn(230, 5, seed=1) + 0.5
+    kid = accumulate(KID(Given(5)), x, y)
+    real, fake = (rows.double() for rows in kid.features(3))
+    def k(a, b):
+        return (a @ b.T / 5 + 1) ** 3
+    def unbiased(a, b):
+        m = len(a)
+        within = sum((k(c, c).sum() - k(c, c).diag().sum()) / (m * (m - 1)) for c in (a, b))
+        return (within - 2 * k(a, b).mean()).item()
+    values = torch.tensor([unbiased(real[i:i + 20], fake[i:i + 20]) for i in range(0, 200, 20)])
+    found = kid.compute(3)
+    assert found.value == pytest.approx(values.mean().item(), rel=1e-5) and found.n == 200
+    assert found.std_error == pytest.approx(values.std().item() / 10**0.5, rel=1e-4)
+    assert sorted(real[:, 0].tolist()) == sorted(x[:, 0].double().tolist())
+
+
+def test_kid_is_unbiased_and_its_error_is_honest():
+    """60 pairs of 200 draws of one law: the mean is within 5 standard errors of 0 (false alarm in two million); the spread
+    (known to 9 %) over the root mean square error bar is within 50 % of 1, over five times that."""
+    generator = torch.Generator().manual_seed(0)
+    scores = [accumulate(KID(Given(4)), *torch.randn(2, 200, 4, generator=generator)).compute(0) for _ in range(60)]
+    values, errors = (torch.tensor([getattr(s, name) for s in scores]) for name in ("value", "std_error"))
+    assert abs(values.mean()) < 5 * values.std() / 60**0.5
+    assert 0.5 < values.std() / errors.square().mean().sqrt() < 1.5
+
+
+def test_kid_draws_nothing_from_the_global_random_numbers():
+    before = torch.random.get_rng_state()
+    accumulate(KID(Given(3)), randn(50, 3), randn(50, 3, seed=1)).compute(0)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# ---- protocols ------------------------------------------------------------------------------------------------------
+
+def test_the_named_protocols():
+    assert [(p.name, p.generated, p.reference, p.split) for p in PROTOCOLS.values()] == [
+        ("nvae-50k-train", 50_000, 50_000, "train"), ("rae-10k-test", 10_000, 10_000, "test"),
+        ("joint-ebm-30k", 30_000, None, "train")]
+
+
+def test_which_real_images_are_taken():
+    chosen = reference_indices(NVAE_50K_TRAIN, 162_770, None)
+    assert len(chosen) == len(set(chosen)) == 50_000 and chosen == reference_indices(NVAE_50K_TRAIN, 162_770, None)
+    assert max(chosen) > 160_000
+    assert reference_indices(RAE_10K_TEST, 19_962, None) == list(range(10_000))
+    assert len(reference_indices(PROTOCOLS["joint-ebm-30k"], 29_000, None)) == 29_000
+    assert len(reference_indices(NVAE_50K_TRAIN, 4000, 100)) == 100
+
+
+@pytest.mark.parametrize("protocol, counts, name", [
+    ("nvae-50k-train", (50_000, 50_000, 162_770), "nvae-50k-train"),
+    ("nvae-50k-train", (50_000, 4000, 4000), "nvae-50k-train"),
+    ("nvae-50k-train", (1000, 1000, 60_000), "nvae-50k-train (1,000 of 50,000 generated, 1,000 of 50,000 real)"),
+    ("rae-10k-test", (10_000, 10_000, 19_962), "rae-10k-test"),
+    ("rae-10k-test", (10_000, 1000, 1000), "rae-10k-test (10,000 of 10,000 generated, 1,000 of 10,000 real)"),
+    ("joint-ebm-30k", (30_000, 27_000, 27_000), "joint-ebm-30k"),
+])
+def test_a_name_is_claimed_only_where_the_protocol_was_followed(protocol, counts, name):
+    assert claimed_name(PROTOCOLS[protocol], *counts) == name
+
+
+def test_scores_say_what_they_are():
+    scores = score_images(Protocol("small", 300, 200, "train", ""), REAL, noise, Blocks(), batch_size=64, seed=0)
+    assert (scores.generated, scores.reference, scores.protocol, scores.features) == (300, 200, "small", "means of parts")
+    assert scores.distance.n == scores.kernel.n == 200 and scores.distance.std_error > 0
+    assert (scores.distance_name, scores.kernel_name) == ("feature distance", "kernel feature distance")
+    limited = score_images(NVAE_50K_TRAIN, REAL, noise, Blocks(), batch_size=64, seed=0, limit=70)
+    assert limited.generated == limited.reference == 70 and "(70 of 50,000 generated, 70 of 330 real)" in limited.protocol
+
+
+def test_only_the_standard_inception_makes_a_fid():
+    network = Blocks()
+    network.is_standard = True              # as load_inception sets it after the hash of the standard file
+    scores = score_images(Protocol("small", 60, 60, "train", ""), REAL, noise, network, batch_size=64, seed=0)
+    assert (scores.distance_name, scores.kernel_name) == ("FID", "KID")
+
+
+def test_a_score_is_a_function_of_the_seed():
+    scorer = ImageScorer(Protocol("small", 300, None, "train", ""), REAL, Blocks(), batch_size=64, seed=0)
+    first = scorer.score(noise)
+    torch.rand(5)
+    assert scorer.score(noise) == first
+    assert scorer.score(lambda n, generator: torch.rand(n, 1, 4, 4)) == scorer.score(lambda n, generator: torch.rand(n, 1, 4, 4))
+    other = score_images(Protocol("small", 300, None, "train", ""), REAL, noise, Blocks(), batch_size=64, seed=1)
+    assert other != first
+
+
+def test_the_errors_bar_needs_more_images_than_features():
+    "8 features: 20 images leave 19 without a block, which is enough; of 64 features they are too few."
+    few = Protocol("few", 20, 20, "train", "")
+    assert score_images(few, REAL, noise, Blocks(), batch_size=64, seed=0).distance.std_error > 0
+    class Wide(Blocks):
+        num_features = 16
+        def forward(self, images):
+            return images.float().flatten(1)
+    wide = Protocol("wide", 16 + 1 + 3, 20, "train", "")
+    assert score_images(wide, REAL, noise, Wide(), batch_size=64, seed=0).distance.std_error > 0
+    Wide.num_features, Wide.forward = 32, lambda self, images: images.float().flatten(1).repeat(1, 2)
+    assert score_images(wide, REAL, noise, Wide(), batch_size=64, seed=0).distance.std_error is None
+
+
+@pytest.mark.parametrize("draw, words", [(lambda n, g: torch.zeros(n, 1, 5, 4), r"expected \(64, 1, 4, 4\)"),
+                                         (lambda n, g: torch.zeros(n - 1, 1, 4, 4), r"gave images \(63, 1, 4, 4\)"),
+                                         (lambda n, g: torch.zeros(n, 1, 4, 4) / 0, "NaN"),
+                                         (lambda n, g: torch.zeros(n, 1, 4, 4).long(), "floating-point")])
+def test_bad_samples_are_refused(draw, words):
+    with pytest.raises(ValueError, match=words):
+        score_images(Protocol("small", 300, None, "train", ""), REAL, draw, Blocks(), batch_size=64, seed=0)
+
+
+@pytest.mark.parametrize("settings", [dict(batch_size=0), dict(batch_size=64, limit=10)])
+def test_bad_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="at least 20"):
+        ImageScorer(NVAE_50K_TRAIN, REAL, Blocks(), seed=0, **settings)
+
+
+# ---- the classifier's features --------------------------------------------------------------------------------------
+
+def test_classifier_scores_are_the_feature_distance():
+    "Of the same images, in bytes: a stream and the whole sets give one number."
+    images = (torch.rand(400, 1, 8, 8) * 255).round() / 255
+    network = ClassifierFeatures(FeatureNet((1, 8, 8), 2))
+    fixed = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(5)) ** 1.2
+    stream = iter(fixed.split(100))
+    scores = score_images(Protocol("p", 400, None, "train", ""), images, lambda n, g: next(stream), network, batch_size=100, seed=0)
+    expected = feature_distance(network.net, images, to_bytes(fixed).float() / 255)
+    assert scores.distance.value == pytest.approx(expected.value, rel=1e-4) and not scores.is_fid
+
+
+def test_features_are_chosen_in_one_place(tmp_path):
+    images, labels = torch.rand(100, 1, 8, 8), torch.arange(100) % 2
+    assert isinstance(features_for(None, images, labels, steps=2, batch_size=10, lr=1e-3, seed=0), ClassifierFeatures)
+    with pytest.raises(FileNotFoundError, match="no Inception weights"):
+        features_for(tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="needs images and labels"):
+        features_for(None, images)
+    with pytest.raises(ValueError, match="wants bytes"):
+        ClassifierFeatures(FeatureNet((1, 8, 8), 2))(images)
+
+
+def test_reconstructions_are_a_sampler():
+    vae, images = DenseVAE((1, 4, 4), 2, (8,)).eval(), (REAL > 0.3).float()
+    draw = reconstructions(vae, images)
+    assert draw(7, torch.Generator().manual_seed(0)).shape == (7, 1, 4, 4)
+    scores = score_images(Protocol("small", 60, None, "train", ""), images, draw, Blocks(), batch_size=32, seed=0)
+    assert scores.generated == 60
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+def worker(rank, world, port, folder):
+    "One process of several: two scores, the second with less work than processes."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    AcceleratorState._reset_state(reset_partial_state=True)        # of the parent, whose imports a fork need not repeat
+    torch.manual_seed(rank)
+    torch.save(both_scores(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def both_scores():
+    uneven = Protocol("uneven", 300, None, "train", "")            # 5 and 6 batches of 64
+    lonely = Protocol("lonely", 50, 50, "train", "")               # one batch each: the other process sees nothing
+    return [vars_of(score_images(protocol, REAL, noise, Blocks(), batch_size=64, seed=0)) for protocol in (uneven, lonely)]
+
+
+def vars_of(scores):
+    "Plain values."
+    return {**vars(scores), "distance": vars(scores.distance), "kernel": vars(scores.kernel)}
+
+
+def test_two_processes_are_one(tmp_path):
+    "The same on both, and one process's to the rounding of sums; also where a process has no batch at all."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(worker, (2, port, str(tmp_path)), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    for found, alone in zip(first, both_scores()):
+        for kind in ("distance", "kernel"):
+            for name in ("value", "std_error"):
+                assert found[kind][name] == pytest.approx(alone[kind][name], rel=1e-6, abs=1e-12)
+        assert {**found, "distance": 0, "kernel": 0} == {**alone, "distance": 0, "kernel": 0}
+
+
+# ---- nearest neighbours ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [8, 64, 100])
+def test_nearest_in_a_stream_is_a_tree_over_the_views(size):
+    images, samples = torch.rand(90, 3, size, size), torch.rand(4, 3, size, size)
+    distances, indices = nearest_in(samples, Rows(images), k=3, chunk=20)
+    tree = KDTree(neighbour_view(images).flatten(1).double().numpy())
+    expected, order = tree.query(neighbour_view(samples).flatten(1).double().numpy(), k=3)
+    assert (indices.numpy() == order).all() and torch.allclose(distances.double(), torch.from_numpy(expected), rtol=1e-5)
+
+
+def test_the_view_is_the_middle_of_64_pixels():
+    image = torch.zeros(1, 1, 128, 128)
+    image[..., 24:104, 24:104] = 1                      # the middle 80 of 128 is the middle 40 of 64
+    assert neighbour_view(image).shape == (1, 1, 40, 40) and neighbour_view(image).mean() > 0.98
+    assert torch.equal(neighbour_view(torch.ones(1, 3, 64, 64)), torch.ones(1, 3, 40, 40))
+    small = torch.rand(1, 1, 28, 28)
+    assert torch.equal(neighbour_view(small), small)
+
+
+def test_the_view_averages_what_it_leaves_out():
+    "A checkerboard of single pixels becomes grey where it shrinks by four, and would be black or white if it were sampled."
+    board = (torch.arange(256)[:, None] + torch.arange(256)) % 2
+    assert (neighbour_view(board.float()[None, None]) - 0.5).abs().max() < 0.05
+
+
+def test_an_image_finds_itself():
+    images = torch.rand(50, 1, 70, 70)
+    values, indices = nearest_in(images[[3, 33]], Rows(images), k=1, chunk=7)
+    assert indices.flatten().tolist() == [3, 33] and values.eq(0).all()
+    assert nearest(images[[3]], images)[1].item() == 3
+
+
+@pytest.mark.parametrize("k, shape, words", [(0, (1, 8, 8), "k must be between 1 and the number of images 5, got 0"),
+                                             (6, (1, 8, 8), "got 6"), (1, (1, 9, 8), r"samples have shape \(1, 9, 8\)")])
+def test_bad_neighbours_are_refused(k, shape, words):
+    with pytest.raises(ValueError, match=words):
+        nearest_in(torch.rand(2, *shape), Rows(torch.rand(5, 1, 8, 8)), k=k)

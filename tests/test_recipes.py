@@ -1,0 +1,217 @@
+"""Recipes: what a name stands for, and a finished run that is built again. Nothing here is statistical: equalities and refusals."""
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from ncp_vae.engine import checkpoint
+from ncp_vae.engine.cost import peak_growth, seconds
+from ncp_vae.engine.data import Binarized, load
+from ncp_vae.engine.experiment import find_experiment
+from ncp_vae.engine.recipes import SHAPING, build_vae, is_binary, network, ratios_for, rebuild, trained
+from ncp_vae.engine.train import fit_ncp, fit_vae
+from ncp_vae.models.nvae import PRESETS, NVAE
+from ncp_vae.models.ratios import ConvRatio, MLPRatio
+
+SHAPE = (1, 8, 8)
+DENSE = dict(groups=3, latents=6, state=8, parameters=5000)
+CPU = torch.device("cpu")
+
+
+def make_run(folder, model="dense", experiment="hierarchical", state="succeeded", steps=3):
+    "A run of a few steps with its papers; the NCP that it trained."
+    images = load("digits").images
+    vae, settings = build_vae(model, SHAPE, len(images), steps=steps, mean=images.mean(0), **DENSE)
+    data = Binarized(images)
+    fit_vae(vae, data, seed=0, checkpoint=folder / "vae.ckpt", **settings)
+    ncp = fit_ncp(vae, data, ratios=ratios_for(vae, 8), steps=3, batch_size=64, lr=1e-2, seed=0, checkpoint=folder / "ncp.ckpt",
+                  recipe=settings["recipe"])
+    papers = dict(experiment=experiment, preset="smoke", params=dict(model=model, ncp_width=8, dataset="digits", **DENSE))
+    (folder / "params.json").write_text(json.dumps(papers))
+    (folder / "status.json").write_text(json.dumps(dict(state=state, pid=os.getpid(), host="elsewhere")))
+    return ncp
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A finished run of the dense model, to be copied or read, not changed; its folder and its NCP."
+    folder = tmp_path_factory.mktemp("run")
+    return folder, make_run(folder)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    "A copy of it, to be broken."
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+# ---- what a name stands for -----------------------------------------------------------------------------------------
+
+def test_dense_model_has_the_asked_groups_and_mean():
+    mean = torch.rand(SHAPE)
+    vae, settings = build_vae("dense", SHAPE, 1000, steps=100, mean=mean, batch_size=32, lr=1e-3, **DENSE)
+    assert [tuple(shape) for shape in vae.latent_shapes] == [(2,)] * 3 and torch.equal(vae.mean, mean)
+    assert sum(parameter.numel() for parameter in vae.parameters()) <= DENSE["parameters"]
+    assert (settings["steps"], settings["batch_size"], settings["lr"], settings["kl_warmup"]) == (100, 32, 1e-3, 10)
+
+
+def test_preset_counts_its_epochs_in_steps():
+    vae, settings = build_vae("nvae:digits", SHAPE, 640)
+    preset = PRESETS["digits"]
+    assert isinstance(vae, NVAE) and settings["steps"] == preset.epochs * 10 and settings["batch_size"] == 64
+    assert settings["kl_balance"] and settings["spectral"] == preset.spectral
+    assert settings["recipe"].optimizer == "adamax" and settings["recipe"].lr_warm_up == 10 * preset.warm_up_epochs
+
+
+def test_asked_steps_shorten_a_preset():
+    settings = build_vae("nvae:digits", SHAPE, 640, steps=20)[1]
+    assert settings["steps"] == 20 and settings["recipe"].lr_warm_up == 10 and settings["kl_warmup"] == 6
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "celeba64-6"])
+def test_presets_of_grey_and_colour_are_models_with_ratios(name):
+    config = PRESETS[name].config
+    vae, settings = build_vae(f"nvae:{name}", config.image_shape, 100000)
+    assert len(ratios_for(vae, 8)) == len(vae.latent_shapes) == len(config.groups)
+    assert settings["steps"] > settings["kl_warmup"] > 0 and is_binary(vae) == (config.likelihood == "bernoulli")
+
+
+def test_ratios_fit_their_latents():
+    assert {type(ratio) for ratio in ratios_for(network("dense", SHAPE, **DENSE), 8)} == {MLPRatio}
+    assert {type(ratio) for ratio in ratios_for(network("nvae:digits", SHAPE), 8)} == {ConvRatio}
+
+
+@pytest.mark.parametrize("model, shape, what", [
+    ("vae", SHAPE, "model must be 'dense' or 'nvae:PRESET', got 'vae'"), ("nvae:moon", SHAPE, "unknown preset 'moon'"),
+    ("nvae:cifar10", (3, 64, 64), r"nvae:cifar10 is for images of shape \(3, 32, 32\), got \(3, 64, 64\)")])
+def test_other_models_are_refused(model, shape, what):
+    with pytest.raises(ValueError, match=what):
+        build_vae(model, shape, 1000)
+
+
+@pytest.mark.parametrize("groups", [0, 7])
+def test_more_groups_than_latents_are_refused(groups):
+    with pytest.raises(ValueError, match=f"groups must lie between 1 and its 6 latents, got {groups}"):
+        network("dense", SHAPE, groups=groups, latents=6)
+
+
+# ---- a finished run, built again ------------------------------------------------------------------------------------
+
+def same_ratios(a, b):
+    latents = a.sample(16).latents
+    with torch.no_grad():
+        return torch.equal(a.log_ratio(latents), b.log_ratio(latents))
+
+
+def test_a_dense_run_is_built_again(finished):
+    folder, before = finished
+    after, params = trained(folder)
+    assert same_ratios(before, after) and params["dataset"] == "digits"
+    assert not after.training and torch.equal(after.vae.mean, before.vae.mean)
+
+
+def test_an_nvae_run_is_built_again(tmp_path):
+    before = make_run(tmp_path, "nvae:digits")
+    assert same_ratios(before, trained(tmp_path)[0])
+
+
+def test_a_run_below_the_repository_is_found(finished, monkeypatch):
+    folder, before = finished
+    monkeypatch.setenv("NCP_VAE_HOME", str(folder.parent))
+    assert same_ratios(before, trained(folder.name)[0])
+
+
+def test_building_again_leaves_the_random_numbers(finished):
+    before = torch.get_rng_state()
+    trained(finished[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_runs_of_hierarchical_say_all_that_is_needed():
+    "Also by whoever studies the model: its data and the seed of its held-out images."
+    parameters = find_experiment("hierarchical").parameters
+    assert {"model", "ncp_width", *SHAPING, "dataset", "data_root", "seed"} <= set(parameters)
+
+
+def test_a_missing_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no run at .*nowhere: train one"):
+        trained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted", "running"])
+def test_an_unfinished_run_is_refused(copied, state):
+    status = json.loads((copied / "status.json").read_text())
+    (copied / "status.json").write_text(json.dumps({**status, "state": state}))
+    with pytest.raises(ValueError, match=f"is not a finished run: it is {state}"):
+        trained(copied)
+
+
+def test_another_experiment_is_refused(copied):
+    (copied / "params.json").write_text(json.dumps(dict(experiment="gaussians25", preset="smoke", params=dict(seed=0))))
+    with pytest.raises(ValueError, match="is a run of gaussians25, which has no parameters model and ncp_width"):
+        trained(copied)
+
+
+def test_parameters_that_lack_a_shape_are_refused(finished):
+    with pytest.raises(ValueError, match="its parameters lack groups, latents, state, parameters"):
+        rebuild(finished[0], dict(model="dense", ncp_width=8))
+
+
+@pytest.mark.parametrize("name", ["vae.ckpt", "ncp.ckpt"])
+def test_a_missing_checkpoint_is_refused(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        trained(copied)
+
+
+def test_a_damaged_checkpoint_is_refused(copied):
+    (copied / "vae.ckpt").write_bytes((copied / "vae.ckpt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="vae.ckpt is not a whole checkpoint"):
+        trained(copied)
+
+
+def test_a_checkpoint_of_something_else_is_refused(copied):
+    checkpoint.save(copied / "vae.ckpt", dict(value=1))
+    with pytest.raises(ValueError, match="vae.ckpt is no checkpoint of a training"):
+        trained(copied)
+
+
+def test_exchanged_checkpoints_are_refused(copied):
+    (copied / "ncp.ckpt").write_bytes((copied / "vae.ckpt").read_bytes())
+    with pytest.raises(ValueError, match="ncp.ckpt holds no ratios"):
+        trained(copied)
+
+
+def test_weights_of_other_shapes_are_refused(copied):
+    papers = json.loads((copied / "params.json").read_text())
+    (copied / "params.json").write_text(json.dumps({**papers, "params": {**papers["params"], "ncp_width": 16}}))
+    with pytest.raises(ValueError, match="ncp.ckpt does not fit the run's parameters"):
+        trained(copied)
+
+
+# ---- what a call costs ----------------------------------------------------------------------------------------------
+
+def test_the_first_call_is_not_timed():
+    calls = []
+    def slow_at_first():
+        calls.append(time.sleep(0.0 if calls else 0.5))
+    assert len(seconds(slow_at_first, 2, CPU)) == 2 and len(calls) == 3
+
+
+def test_no_timed_call_is_refused():
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        seconds(lambda: None, 0, CPU)
+
+
+def test_memory_given_back_is_counted_again():
+    "A quarter is allowed: other threads of the process may touch pages as well."
+    def fill():
+        torch.ones(10_000_000).sum()
+    grown = [peak_growth(fill, CPU) for _ in range(2)]
+    if None in grown:
+        pytest.skip("this system does not say what the peak was")
+    assert all(0.75 * 40e6 < value < 1.25 * 40e6 for value in grown)

@@ -1,0 +1,308 @@
+"""Sets on the disk: decoded as torchvision does, read as needed, and never half a set."""
+import json
+import pickle
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import picture, write_folder
+
+from ncp_vae.engine import stored
+from ncp_vae.engine.stored import Augmented, Picture, Stored, prepare, reduce_bits
+from ncp_vae.engine.train import batches, fit, fit_vae, VAELoss
+from ncp_vae.models.flat import DenseVAE
+
+EIGHT = Picture(8)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return sorted(write_folder(tmp_path / "originals", 20, (16, 16)).iterdir())
+
+
+@pytest.fixture
+def small(files, tmp_path):
+    return prepare(tmp_path / "small-train.npy", files, EIGHT, "small train")
+
+
+# ---- one picture ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe, size", [(Picture(64, (15, 40, 163, 188), (178, 218)), (178, 218)),
+                                          (Picture(64, (19, 39, 159, 179), (178, 218)), (178, 218)),
+                                          (Picture(256), (300, 300)), (Picture(256), (256, 256)), (Picture(256), (100, 100))])
+def test_the_same_bytes_as_torchvision(recipe, size, tmp_path):
+    """Decoding, crop and resize, on three JPEGs: torchvision's transforms of Pillow images, which resize with antialiasing."""
+    from torchvision import transforms
+    from torchvision.transforms.functional import center_crop, crop
+    cut = {15: lambda image: crop(image, 40, 15, 148, 148), 19: lambda image: center_crop(image, [140, 140])}
+    pipeline = transforms.Compose([cut.get((recipe.crop or [0])[0], lambda image: image), transforms.Resize(recipe.side),
+                                   transforms.PILToTensor()])
+    rng = np.random.default_rng(1)
+    for i in range(3):
+        noisy = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) if i else picture(rng, *size)
+        noisy.save(tmp_path / "a.jpg")
+        assert torch.equal(torch.tensor(recipe(tmp_path / "a.jpg")), pipeline(Image.open(tmp_path / "a.jpg")))
+
+
+def test_grey_and_palette_files_become_colour(tmp_path):
+    for mode in ("L", "P", "RGBA"):
+        Image.new("L", (8, 8), 100).convert(mode).save(tmp_path / "a.png")
+        assert (EIGHT(tmp_path / "a.png") == 100).all()
+
+
+@pytest.mark.parametrize("recipe, image, words", [
+    (Picture(64, (15, 40, 163, 188), (178, 218)), Image.new("RGB", (178, 178)), "a.png has .178, 178. pixels"),
+    (EIGHT, Image.new("RGB", (9, 8)), "a.png has .9, 8. pixels .*square"),
+    (EIGHT, Image.new("I;16", (8, 8)), "a.png is not an 8-bit image.*more than 8 bits")])
+def test_pictures_of_another_kind_are_refused(recipe, image, words, tmp_path):
+    image.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=words):
+        recipe(tmp_path / "a.png")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+def test_every_kind_of_index(small, files):
+    truth = torch.stack([torch.tensor(EIGHT(file)) for file in files])
+    assert len(small) == 20 and small.image_shape == (3, 8, 8)
+    for index in (3, -1, slice(2, 9), slice(None), [5, 0, 5], torch.tensor([1, 2]), np.array([7])):
+        assert torch.equal(small.read(index), truth[index]) and torch.equal(small[index], truth[index].float() / 255)
+    assert torch.equal(torch.stack(small.__getitems__([4, 2])), small[[4, 2]])
+    with pytest.raises(IndexError):
+        small[[20]]
+
+
+def test_images_stay_on_the_disk(tmp_path):
+    """A map, not a copy: a sparse file of 8 GiB opens at once, and single rows of it can be read where they are wanted."""
+    path, count = tmp_path / "big-train.npy", 2**33 // (3 * 64 * 64)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(count, 3, 64, 64)))
+        file.truncate(file.tell() + count * 3 * 64 * 64)
+    path.with_suffix(".json").write_text(json.dumps(dict(shape=[count, 3, 64, 64])))
+    code = ("import resource, sys; from ncp_vae.engine.stored import Stored; "
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+            f"rows = Stored({str(path)!r}); rows[[0, {count // 2}, {count - 1}]]; print(peak() - before)")
+    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert grown < 100_000                             # kB, of 8 million
+
+
+def test_a_worker_is_sent_the_path_and_not_the_images(small):
+    assert len(pickle.dumps(small)) < 1000
+    assert torch.equal(pickle.loads(pickle.dumps(small))[:], small[:])
+    loader = torch.utils.data.DataLoader(small, batch_size=10, num_workers=1)
+    assert torch.equal(torch.cat(list(loader)), small[:])
+
+
+# ---- preparing ------------------------------------------------------------------------------------------------------
+
+def test_a_second_start_decodes_nothing(small, files, monkeypatch):
+    monkeypatch.setattr(stored, "write_rows", None)
+    assert torch.equal(prepare(small.path, files, EIGHT, "small train")[:], small[:])
+    for file in files:
+        file.unlink()
+    assert torch.equal(prepare(small.path, [], EIGHT, "small train")[:], small[:])
+
+
+def test_the_manifest_says_what_it_is(small):
+    about = json.loads(small.path.with_suffix(".json").read_text())
+    assert about["name"] == "small train" and about["count"] == 20 and about["shape"] == [20, 3, 8, 8]
+    assert about["preprocessing"] == "Picture(side=8, crop=None, original=None)"
+    assert about["sha256"] == stored.file_sha256(small.path)
+
+
+def test_blocks_are_put_together_in_order(small, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "BLOCK", 3)
+    assert torch.equal(prepare(tmp_path / "again-train.npy", files, EIGHT, "again")[:], small[:])
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: raw[:-1], lambda raw: raw + b"0", lambda raw: b"", lambda raw: b"x" + raw[1:],
+                                   lambda raw: raw.replace(b"(20, 3", b"(19, 3")])
+def test_an_array_that_is_not_whole_is_refused(spoil, small):
+    small.path.write_bytes(spoil(small.path.read_bytes()))
+    with pytest.raises(ValueError, match="small-train.npy is not as it was prepared.*delete .*small-train.npy and start again"):
+        Stored(small.path)
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"shape": [20, 3, 8, 9]}'])
+def test_a_manifest_that_does_not_fit_is_refused(manifest, small):
+    path = small.path.with_suffix(".json")
+    path.unlink() if manifest is None else path.write_text(manifest)
+    with pytest.raises(ValueError, match="small-train.npy is not as it was prepared"):
+        Stored(small.path)
+
+
+def test_a_pickled_array_is_refused(small):
+    np.save(small.path, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="is not as it was prepared"):
+        Stored(small.path)
+
+
+def test_an_altered_byte_is_found_by_verify(small):
+    small.verify()
+    raw = bytearray(small.path.read_bytes())
+    raw[-100] ^= 1
+    small.path.write_bytes(raw)
+    with pytest.raises(ValueError, match="altered.*delete"):
+        Stored(small.path).verify()
+
+
+@pytest.mark.parametrize("change, words", [(dict(picture=Picture(4)), "preprocessing"), (dict(name="other"), "name"),
+                                           (dict(drop=1), "files")])
+def test_a_set_prepared_otherwise_is_refused(change, words, small, files):
+    with pytest.raises(ValueError, match=f"was prepared for {words}.*delete"):
+        prepare(small.path, files[change.get("drop", 0):], change.get("picture", EIGHT), change.get("name", "small train"))
+
+
+def test_nothing_is_left_of_an_interrupted_preparation(files, tmp_path, monkeypatch):
+    """By an exception after some blocks (Ctrl-C, a full disk, a bad file): no set, no space taken; the next start succeeds."""
+    path, seen = tmp_path / "set-train.npy", []
+    class Interrupting(Picture):
+        def __call__(self, file):
+            seen.append(file)
+            if len(seen) == 15:
+                raise KeyboardInterrupt
+            return super().__call__(file)
+    monkeypatch.setattr(stored, "BLOCK", 5)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, files, Interrupting(8), "set")
+    assert not path.exists() and sum(file.stat().st_size for file in tmp_path.glob("*.part")) == 0
+    prepare(path, files, EIGHT, "set").verify()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_killed_while_preparing(files, tmp_path):
+    """SIGKILL leaves half a file under another name; the next start takes it over."""
+    path = tmp_path / "set-train.npy"
+    code = ("import os, signal; from pathlib import Path; from ncp_vae.engine import stored; stored.BLOCK = 5; "
+            f"files = sorted(Path({str(files[0].parent)!r}).iterdir()); real = stored.np.stack; rounds = []\n"
+            "def stack(rows):\n    rounds.append(1)\n    if len(rounds) == 3: os.kill(os.getpid(), signal.SIGKILL)\n    return real(rows)\n"
+            f"stored.np.stack = stack\nstored.prepare({str(path)!r}, files, stored.Picture(8), 'set')")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert not path.exists() and (tmp_path / "set-train.npy.part").exists()
+    found = prepare(path, files, EIGHT, "set")
+    found.verify()
+    assert len(found) == 20
+
+
+def test_the_second_process_waits_for_the_first(files, tmp_path):
+    """Several at once: each gets the whole set, and one made it."""
+    path = tmp_path / "set-train.npy"
+    code = ("from pathlib import Path; from ncp_vae.engine import stored; real = stored.write_rows\n"
+            "def write(*args):\n    print('made it')\n    return real(*args)\n"
+            f"stored.write_rows = write\nfiles = sorted(Path({str(files[0].parent)!r}).iterdir())\n"
+            f"stored.prepare({str(path)!r}, files, stored.Picture(8), 'set').verify()")
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0] and "".join(printed) == "made it\n"
+
+
+def test_a_disk_that_keeps_something_else(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "file_sha256", lambda path: "0")
+    with pytest.raises(OSError, match="does not hold what was written"):
+        prepare(tmp_path / "set-train.npy", files, EIGHT, "set")
+    assert not (tmp_path / "set-train.npy").exists()
+
+
+def test_missing_and_damaged_originals_are_named(files, tmp_path):
+    files[3].write_bytes(files[3].read_bytes()[:60])
+    with pytest.raises(ValueError, match=f"{files[3].name} is not an 8-bit image"):
+        prepare(tmp_path / "set-train.npy", files, EIGHT, "set")
+    files[5].unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 of the 20 images of set are missing, .*{files[5].name}"):
+        prepare(tmp_path / "set-train.npy", files, EIGHT, "set")
+    with pytest.raises(FileNotFoundError, match="no prepared set at .*none.npy"):
+        Stored(tmp_path / "none.npy")
+
+
+# ---- on the device --------------------------------------------------------------------------------------------------
+
+def test_five_bits_are_32_levels():
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    found = reduce_bits(bytes_ / 255, 5)
+    assert torch.equal(found.unique(), torch.arange(32) / 31)
+    assert torch.equal(found, (255 * (bytes_ / 255) / 8).floor() / 31) and torch.equal(found, reduce_bits(bytes_, 5))
+    assert torch.equal(reduce_bits(bytes_, 8), bytes_ / 255)
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.5, "5"])
+def test_bits_that_there_are_not(bits, small):
+    for call in (lambda: reduce_bits(torch.zeros(2), bits), lambda: Augmented(small, bits=bits)):
+        with pytest.raises(ValueError, match="bits must be a whole number from 1 to 8"):
+            call()
+
+
+def test_flips_are_whole_images_and_a_function_of_the_seed(small):
+    """Of 20 images none or all flipped: one seed in half a million."""
+    augmented = Augmented(small, flip=True)
+    torch.manual_seed(3)
+    first = augmented.on_device(augmented[:])
+    torch.manual_seed(3)
+    assert torch.equal(first, augmented.on_device(augmented[:])) and not torch.equal(first, augmented.on_device(augmented[:]))
+    flipped = [torch.equal(one, image.flip(-1)) for one, image in zip(first, small[:])]
+    assert all(torch.equal(one, image.flip(-1) if turned else image) for one, image, turned in zip(first, small[:], flipped))
+    assert any(flipped) and not all(flipped)
+
+
+def test_bytes_of_rows_in_memory_are_theirs(small):
+    """CIFAR-10's rows are floats in memory: they travel as the bytes that they were."""
+    assert torch.equal(Augmented(small[:])[:], small.read(slice(None))) and Augmented(small[:])[3].dtype == torch.uint8
+    assert torch.equal(Augmented(torch.arange(256).view(-1, 1, 1, 1) / 255)[:].flatten(), torch.arange(256, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: torch.utils.data.DataLoader(data, batch_size=5),
+                                  lambda data: torch.utils.data.Subset(data, range(10)),
+                                  lambda data: torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(10)), batch_size=5)])
+def test_training_gets_floats_however_the_set_is_wrapped(wrap, small):
+    batch = next(batches(wrap(Augmented(small, flip=True, bits=2)), 5, seed=0))
+    assert batch.shape == (5, 3, 8, 8) and set((3 * batch).unique().tolist()) <= {0, 1, 2, 3}
+
+
+def test_bytes_without_on_device_are_still_refused():
+    with pytest.raises(ValueError, match="must be floating point, got torch.uint8"):
+        next(batches(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), 4, seed=0))
+
+
+def test_what_on_device_makes_is_checked(small):
+    class Broken(Augmented):
+        def on_device(self, x):
+            return super().on_device(x) / 0
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        next(batches(Broken(small), 4, seed=0))
+
+
+def test_training_resumes_with_the_same_flips_to_the_bit(small, tmp_path):
+    """Stopped in the middle by an error and resumed, against one that ran through; another seed gives other weights."""
+    class Failing(Augmented):
+        reads = 0
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads == 8:
+                raise RuntimeError("the disk is gone")
+            return super().__getitem__(index)
+
+    def train(data, checkpoint=None, seed=3):
+        torch.manual_seed(0)
+        loss = VAELoss(DenseVAE((3, 8, 8), 2, hidden=(8,), sigma=0.5), kl_warmup=0)
+        fit(loss, data, steps=12, batch_size=6, lr=1e-2, seed=seed, name="vae", checkpoint=checkpoint)
+        return loss.state_dict()
+
+    whole, path = train(Augmented(small, flip=True, bits=5)), tmp_path / "vae.ckpt"
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train(Failing(small, flip=True, bits=5), path)
+    assert torch.load(path, weights_only=True)["step"] > 0
+    resumed = train(Augmented(small, flip=True, bits=5), path)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    plain = train(Augmented(small, bits=5))
+    assert any(not torch.equal(whole[key], plain[key]) for key in whole)           # the flips did something
+
+
+def test_both_loops_take_it(small):
+    from ncp_vae.engine.train import fit_ncp
+    data = Augmented(small, flip=True)
+    vae = fit_vae(DenseVAE((3, 8, 8), 2, hidden=(8,), sigma=0.5), data, steps=2, batch_size=6, lr=1e-3, seed=0)
+    ncp = fit_ncp(vae, data, steps=2, batch_size=6, lr=1e-3, seed=0)
+    assert ncp.sample(2).likelihood.mean.shape == (2, 3, 8, 8)

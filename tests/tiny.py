@@ -1,0 +1,55 @@
+"""Tiny data sets in the true formats of the large ones, for tests of loaders and of whole runs."""
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ncp_vae.engine import data
+
+
+def picture(rng, width, height):
+    "A smooth random colour image: 5x5 random pixels, enlarged."
+    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_celeba(root, n):
+    "torchvision's layout under root/celeba: n images for training (split 0), one for validation (1), n for testing (2)."
+    folder = Path(root) / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    rng, splits = np.random.default_rng(0), [0] * n + [1] + [2] * n
+    for i in range(len(splits)):
+        picture(rng, 178, 218).save(folder / "img_align_celeba" / f"{i + 1:06d}.jpg", quality=95)
+    (folder / "list_eval_partition.txt").write_text("".join(f"{i + 1:06d}.jpg {split}\n" for i, split in enumerate(splits)))
+    return folder
+
+
+def write_celebahq(root, n, side=256):
+    "root/celebahq256/train and root/celebahq256/valid, n square PNG files in each."
+    return [write_folder(Path(root) / "celebahq256" / split, n, (side, side), seed=i) for i, split in enumerate(["train", "valid"])]
+
+
+def write_folder(folder, n, size=(8, 8), seed=0):
+    "n PNG files of one size (width, height)."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        picture(rng, *size).save(Path(folder) / f"{i:05d}.png")
+    return Path(folder)
+
+
+def write_cifar10(root, n, monkeypatch):
+    """torchvision's layout, n images in each of the six files, whose checksums this process accepts until the test ends.
+
+    Other processes, the kernel of a notebook among them, go on refusing them."""
+    folder = Path(root) / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for file in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        batch = dict(data=rng.integers(0, 256, (n, 3072), dtype=np.uint8), labels=rng.integers(0, 10, n).tolist())
+        raw = pickle.dumps(batch, protocol=2)
+        (folder / file).write_bytes(raw)
+        monkeypatch.setitem(data.CHECKSUMS, f"cifar10/{file}", (n, hashlib.md5(raw).hexdigest()))
+    return folder
