@@ -6,9 +6,9 @@
 __all__ = ['NVAE_50K_TRAIN', 'RAE_10K_TEST', 'JOINT_EBM_30K', 'PROTOCOLS', 'to_bytes', 'Checked', 'Given', 'FID', 'gaussian_of',
            'KID', 'kernel_distance', 'Protocol', 'ImageScores', 'process', 'batches_of', 'reference_indices',
            'claimed_name', 'ImageScorer', 'drawn', 'error_if_any', 'score_images', 'ClassifierFeatures', 'features_for',
-           'reconstructions']
+           'Kept', 'reconstructions']
 
-# %% ../../nbs/engine/fid.ipynb #3f7ca9b5
+# %% ../../nbs/engine/fid.ipynb #a2c78d57
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from .data import Rows
 from .evaluate import Score, average, device_of
+from .experiment import RunFolder
 from .features import FeatureNet, embed, fit_features, gaussian_distance, jackknife_error
-from ..models.inception import load_inception
+from ..models.inception import STANDARD, load_inception
 from ..walk import TopDownVAE, from_posterior, seeded
 
 # %% ../../nbs/engine/fid.ipynb #aac25b1d
@@ -261,7 +262,7 @@ def score_images(protocol: Protocol, reference: Tensor | Dataset, draw: Callable
     "One sampler under one protocol: see `ImageScorer`, which keeps the real images' features for several."
     return ImageScorer(protocol, reference, network, batch_size=batch_size, seed=seed, limit=limit).score(draw)
 
-# %% ../../nbs/engine/fid.ipynb #50191b46
+# %% ../../nbs/engine/fid.ipynb #76e6be47
 class ClassifierFeatures(nn.Module):
     "Bytes [B, C, H, W] -> the 64 whitened features of a `FeatureNet`, [B, 64]. ValueError on other than bytes of its shape."
     num_features, is_standard = 64, False
@@ -276,17 +277,33 @@ class ClassifierFeatures(nn.Module):
             raise ValueError(f"ClassifierFeatures wants bytes (`to_bytes` makes them), got {images.dtype}")
         return embed(self.net, images.float() / 255)
 
-def features_for(weights: str | Path | None, images: Tensor | None = None, labels: Tensor | None = None,
-                 **training) -> nn.Module:
+def features_for(weights: str | Path | None, images: Tensor | None = None, labels: Tensor | None = None, *,
+                 sha256: str | None = None, **training) -> nn.Module:
     """What to measure images with: the FID Inception where `weights` names its file, else a classifier that is trained here.
 
-    images [N, C, H, W] in [0, 1], labels [N] and `training` are for `fit_features`, and unused with a file. Raises ValueError
-    where there is neither a file nor labels, and as `load_inception` and `fit_features` do."""
+    sha256: of that file, None or "" for the standard one. images [N, C, H, W] in [0, 1], labels [N] and `training` are for
+    `fit_features`, and unused with a file. Raises ValueError where there is neither a file nor labels, and as `load_inception`
+    and `fit_features` do."""
     if weights:
-        return load_inception(weights)
+        return load_inception(weights, sha256 or STANDARD)
     if images is None or labels is None:
         raise ValueError("features_for: without a file of Inception weights a classifier is trained, which needs images and labels")
     return ClassifierFeatures(fit_features(images, labels, **training))
+
+# %% ../../nbs/engine/fid.ipynb #4714e596
+class Kept:
+    """A sampler for `ImageScorer.score`, once, whose batches are kept in the folder of a run (`RunFolder.once`) as NAME-0of1-0000.pt ...
+
+    `first` is the first batch, [n, C, H, W] in [0, 1]."""
+    def __init__(self, run: RunFolder, name: str, draw: Callable[[int, torch.Generator], Tensor]):
+        self.run, self.name, self.draw, self.batches, self.first = run, name, draw, 0, None
+
+    def __call__(self, n: int, generator: torch.Generator) -> Tensor:
+        rank, world = process()
+        images = self.run.once(f"{self.name}-{rank}of{world}-{self.batches:04d}", lambda: to_bytes(self.draw(n, generator)).cpu())
+        self.batches += 1
+        self.first = images.float() / 255 if self.first is None else self.first
+        return images.float() / 255
 
 # %% ../../nbs/engine/fid.ipynb #53db578b
 def reconstructions(vae: TopDownVAE, data: Tensor | Dataset) -> Callable[[int, torch.Generator], Tensor]:

@@ -64,11 +64,11 @@ class MixturePriorVAE(FlatVAE):
     def likelihood(self, z: Tensor) -> Distribution:
         return self.vae.likelihood(z)
 
-# %% ../../nbs/models/mixture.ipynb #d25bd5e8
-def fit_mixture(vae: FlatVAE, images: Tensor, components: int = 10, seed: int = 0) -> MixturePriorVAE:
-    """`vae` with a mixture fitted to one posterior draw of each of images [N, *image], a function of the seed.
+# %% ../../nbs/models/mixture.ipynb #7951e053
+def fit_mixture(vae: FlatVAE, images, components: int = 10, seed: int = 0) -> MixturePriorVAE:
+    """`vae` with a mixture fitted to one posterior draw of each image, a function of the seed.
 
-    ValueError where the latents are no vectors, or there are fewer than 2 D images a component."""
+    images: a Tensor [N, *image], or a Dataset whose slices are such. ValueError where the latents are no vectors, or there are fewer than 2 D images a component."""
     from sklearn.mixture import GaussianMixture as Fit
     shape = vae.latent_shapes[0]
     if len(shape) != 1 or components < 1 or len(images) < 2 * shape[0] * components:
@@ -77,8 +77,8 @@ def fit_mixture(vae: FlatVAE, images: Tensor, components: int = 10, seed: int = 
     vae, generator = vae.eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         device = vae.prior(1).sample().device
-        z = torch.cat([vae.walk(from_posterior(generator), evidence=vae.encode(x.to(device))).latents[0]
-                       for x in images.split(1000)])
+        z = torch.cat([vae.walk(from_posterior(generator), evidence=vae.encode(images[at:at + 1000].to(device))).latents[0]
+                       for at in range(0, len(images), 1000)])
     fit = Fit(components, max_iter=2000, random_state=seed).fit(z.double().cpu().numpy())
     roots = torch.linalg.cholesky(torch.from_numpy(fit.covariances_))
     return MixturePriorVAE(vae, *(x.to(z) for x in (torch.from_numpy(fit.weights_), torch.from_numpy(fit.means_), roots)))
