@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import write_celeba, write_celebahq, write_cifar10, write_folder
+from tiny import idx, write_celeba, write_celebahq, write_cifar10, write_folder
 
 from ncp_vae.engine import data, stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the set of the papers")      # the files here are tiny
-
-
-def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import nn
 
 from ncp_vae.engine.data import Rows
 from ncp_vae.engine.evaluate import nearest, nearest_in, neighbour_view
-from ncp_vae.engine.features import FeatureNet, feature_distance, frechet_distance
+from ncp_vae.engine.features import FeatureNet, frechet_distance
 from ncp_vae.engine.fid import (FID, KID, NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, Given,
                                 ImageScorer, Protocol, claimed_name, features_for, reconstructions, reference_indices,
                                 score_images, to_bytes)
@@ -187,7 +187,7 @@ def test_scores_say_what_they_are():
     scores = score_images(Protocol("small", 300, 200, "train", ""), REAL, noise, Blocks(), batch_size=64, seed=0)
     assert (scores.generated, scores.reference, scores.protocol, scores.features) == (300, 200, "small", "means of parts")
     assert scores.distance.n == scores.kernel.n == 200 and scores.distance.std_error > 0
-    assert (scores.distance_name, scores.kernel_name) == ("feature distance", "kernel feature distance")
+    assert (scores.distance_name, scores.kernel_name) == ("raw feature distance", "raw kernel distance")
     limited = score_images(NVAE_50K_TRAIN, REAL, noise, Blocks(), batch_size=64, seed=0, limit=70)
     assert limited.generated == limited.reference == 70 and "(70 of 50,000 generated, 70 of 330 real)" in limited.protocol
 
@@ -240,15 +240,16 @@ def test_bad_settings_are_refused(settings):
 
 # ---- the classifier's features --------------------------------------------------------------------------------------
 
-def test_classifier_scores_are_the_feature_distance():
+def test_classifier_scores_are_the_distance_of_its_features_as_they_are():
     "Of the same images, in bytes: a stream and the whole sets give one number."
     images = (torch.rand(400, 1, 8, 8) * 255).round() / 255
     network = ClassifierFeatures(FeatureNet((1, 8, 8), 2))
     fixed = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(5)) ** 1.2
     stream = iter(fixed.split(100))
     scores = score_images(Protocol("p", 400, None, "train", ""), images, lambda n, g: next(stream), network, batch_size=100, seed=0)
-    expected = feature_distance(network.net, images, to_bytes(fixed).float() / 255)
-    assert scores.distance.value == pytest.approx(expected.value, rel=1e-4) and not scores.is_fid
+    with torch.no_grad():
+        expected = frechet_distance(*(network.net.body(to_bytes(x).float() / 255).double() for x in (images, fixed)))
+    assert scores.distance.value == pytest.approx(expected, rel=1e-4) and not scores.is_fid
 
 
 def test_features_are_chosen_in_one_place(tmp_path):

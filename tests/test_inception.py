@@ -1,12 +1,12 @@
 """The FID Inception: against torchvision's network with the pools of 2015, the resize against numpy, and bad weight files."""
 import os
 import pickle
-from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny import digest, fill
 from torch.nn import functional as F
 
 from ncp_vae.models.inception import FIDInception, load_inception, read_checked, stretch
@@ -14,23 +14,6 @@ from ncp_vae.models.inception import FIDInception, load_inception, read_checked,
 
 with torch.device("meta"):
     SHAPES = {name: value.shape for name, value in FIDInception().state_dict().items()}
-
-
-def digest(path):
-    return sha256(path.read_bytes()).hexdigest()
-
-
-def fill(state, seed=0):
-    "Random values under which signals of all layers keep their size, batch norm does something, and no branch is idle."
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in state.items():
-        if name.endswith("conv.weight"):
-            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
-        elif name.endswith(("running_var", "bn.weight")):
-            value.uniform_(0.5, 1.5, generator=generator)
-        elif value.is_floating_point():
-            value.normal_(0, 0.2, generator=generator)
-    return state
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from ncp_vae.engine import checkpoint
 from ncp_vae.engine.cost import peak_growth, seconds
 from ncp_vae.engine.data import Binarized, load
 from ncp_vae.engine.experiment import find_experiment
-from ncp_vae.engine.recipes import SHAPING, build_vae, is_binary, network, ratios_for, rebuild, trained
+from ncp_vae.engine.recipes import SHAPING, AsSeen, as_seen, build_vae, is_binary, network, ratios_for, rebuild, trained
+from ncp_vae.engine.stored import Augmented
 from ncp_vae.engine.train import fit_ncp, fit_vae
 from ncp_vae.models.nvae import PRESETS, NVAE
 from ncp_vae.models.ratios import ConvRatio, MLPRatio
@@ -20,17 +22,20 @@ DENSE = dict(groups=3, latents=6, state=8, parameters=5000)
 CPU = torch.device("cpu")
 
 
-def make_run(folder, model="dense", experiment="hierarchical", state="succeeded", steps=3):
+def write_papers(folder, experiment, params):
+    (folder / "params.json").write_text(json.dumps(dict(experiment=experiment, preset="smoke", params=params)))
+    (folder / "status.json").write_text(json.dumps(dict(state="succeeded", pid=os.getpid(), host="elsewhere")))
+
+
+def make_run(folder, model="dense"):
     "A run of a few steps with its papers; the NCP that it trained."
     images = load("digits").images
-    vae, settings = build_vae(model, SHAPE, len(images), steps=steps, mean=images.mean(0), **DENSE)
+    vae, settings = build_vae(model, SHAPE, len(images), steps=3, mean=images.mean(0), **DENSE)
     data = Binarized(images)
     fit_vae(vae, data, seed=0, checkpoint=folder / "vae.ckpt", **settings)
     ncp = fit_ncp(vae, data, ratios=ratios_for(vae, 8), steps=3, batch_size=64, lr=1e-2, seed=0, checkpoint=folder / "ncp.ckpt",
                   recipe=settings["recipe"])
-    papers = dict(experiment=experiment, preset="smoke", params=dict(model=model, ncp_width=8, dataset="digits", **DENSE))
-    (folder / "params.json").write_text(json.dumps(papers))
-    (folder / "status.json").write_text(json.dumps(dict(state=state, pid=os.getpid(), host="elsewhere")))
+    write_papers(folder, "hierarchical", dict(model=model, ncp_width=8, dataset="digits", **DENSE))
     return ncp
 
 
@@ -99,6 +104,23 @@ def test_more_groups_than_latents_are_refused(groups):
         network("dense", SHAPE, groups=groups, latents=6)
 
 
+# ---- what images a model wants ---------------------------------------------------------------------------------------
+
+def test_a_bernoulli_model_sees_zeros_and_ones_drawn_anew():
+    data = AsSeen(network("nvae:digits", SHAPE), load("digits"))
+    first, second = data[:100], data[:100]
+    assert len(data) == len(load("digits")) and set(first.unique().tolist()) == {0, 1} and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bits, levels", [(8, 256), (5, 32)])
+def test_a_normal_model_sees_images_of_its_bits(bits, levels):
+    vae = network("nvae:photos32", (3, 32, 32))
+    vae.config = replace(vae.config, bits=bits)
+    shades = (torch.arange(256) / 255).view(1, 1, 16, 16)
+    seen = as_seen(vae, shades)
+    assert len(seen.unique()) == levels and (seen - shades).abs().max() < 1 / levels
+
+
 # ---- a finished run, built again ------------------------------------------------------------------------------------
 
 def same_ratios(a, b):
@@ -117,6 +139,22 @@ def test_a_dense_run_is_built_again(finished):
 def test_an_nvae_run_is_built_again(tmp_path):
     before = make_run(tmp_path, "nvae:digits")
     assert same_ratios(before, trained(tmp_path)[0])
+
+
+def test_a_run_of_images_is_built_again(tmp_path):
+    "Of colour images, and without the parameters that only a dense model has."
+    images = load("photos32")[:64]
+    vae, settings = build_vae("nvae:photos32", (3, 32, 32), 64, steps=2)
+    data, settings["batch_size"] = Augmented(images, flip=True), 8
+    fit_vae(vae, data, seed=0, checkpoint=tmp_path / "vae.ckpt", **settings)
+    before = fit_ncp(vae, data, ratios=ratios_for(vae, 4), steps=2, batch_size=8, lr=1e-2, seed=0, checkpoint=tmp_path / "ncp.ckpt",
+                     recipe=settings["recipe"])
+    write_papers(tmp_path, "images", dict(model="nvae:photos32", ncp_width=4, dataset="photos32"))
+    assert same_ratios(before, trained(tmp_path)[0])
+
+
+def test_runs_of_images_say_all_that_is_needed():
+    assert {"model", "ncp_width", "dataset", "data_root", "seed"} <= set(find_experiment("images").parameters)
 
 
 def test_a_run_below_the_repository_is_found(finished, monkeypatch):

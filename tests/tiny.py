@@ -4,9 +4,11 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ncp_vae.engine import data
+from ncp_vae.models.inception import FIDInception
 
 
 def picture(rng, width, height):
@@ -15,11 +17,11 @@ def picture(rng, width, height):
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def write_celeba(root, n):
-    "torchvision's layout under root/celeba: n images for training (split 0), one for validation (1), n for testing (2)."
+def write_celeba(root, n, n_test=None):
+    "torchvision's layout under root/celeba: n images for training (split 0), one for validation (1), n or n_test for testing (2)."
     folder = Path(root) / "celeba"
     (folder / "img_align_celeba").mkdir(parents=True)
-    rng, splits = np.random.default_rng(0), [0] * n + [1] + [2] * n
+    rng, splits = np.random.default_rng(0), [0] * n + [1] + [2] * (n_test or n)
     for i in range(len(splits)):
         picture(rng, 178, 218).save(folder / "img_align_celeba" / f"{i + 1:06d}.jpg", quality=95)
     (folder / "list_eval_partition.txt").write_text("".join(f"{i + 1:06d}.jpg {split}\n" for i, split in enumerate(splits)))
@@ -53,3 +55,44 @@ def write_cifar10(root, n, monkeypatch):
         (folder / file).write_bytes(raw)
         monkeypatch.setitem(data.CHECKSUMS, f"cifar10/{file}", (n, hashlib.md5(raw).hexdigest()))
     return folder
+
+
+def idx(array):
+    "The contents of an IDX file of bytes."
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def write_fashion_mnist(root, n):
+    "torchvision's layout under root/FashionMNIST/raw: the four IDX files, n smooth grey images and their labels in either split."
+    folder = Path(root) / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        images = np.stack([np.asarray(picture(rng, 28, 28).convert("L")) for _ in range(n)])
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(n, dtype=np.uint8) % 10))
+    return folder
+
+
+def fill(state, seed=0):
+    "Random values under which signals of all layers of an Inception keep their size, batch norm does something, no branch is idle."
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in state.items():
+        if name.endswith("conv.weight"):
+            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
+        elif name.endswith(("running_var", "bn.weight")):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif value.is_floating_point():
+            value.normal_(0, 0.2, generator=generator)
+    return state
+
+
+def digest(path):
+    "The SHA-256 of a file."
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_inception(path):
+    "A file in the form of the public weight file of the FID network, 566 tensors, with random values; its SHA-256."
+    torch.save(fill(FIDInception().state_dict()), path)
+    return digest(path)

@@ -8,7 +8,7 @@ __all__ = ['NVAE_50K_TRAIN', 'RAE_10K_TEST', 'JOINT_EBM_30K', 'PROTOCOLS', 'to_b
            'claimed_name', 'ImageScorer', 'drawn', 'error_if_any', 'score_images', 'ClassifierFeatures', 'features_for',
            'Kept', 'reconstructions']
 
-# %% ../../nbs/engine/fid.ipynb #a2c78d57
+# %% ../../nbs/engine/fid.ipynb #c771841a
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .data import Rows
 from .evaluate import Score, average, device_of
 from .experiment import RunFolder
-from .features import FeatureNet, embed, fit_features, gaussian_distance, jackknife_error
+from .features import FeatureNet, fit_features, gaussian_distance, jackknife_error
 from ..models.inception import STANDARD, load_inception
 from ..walk import TopDownVAE, from_posterior, seeded
 
@@ -92,7 +92,7 @@ def gaussian_of(total: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, Tens
     values, vectors = torch.linalg.eigh((squares - n * mean.outer(mean)) / (n - 1))
     return mean, values.clamp(min=0).sqrt()[:, None] * vectors.T
 
-# %% ../../nbs/engine/fid.ipynb #d3123c42
+# %% ../../nbs/engine/fid.ipynb #e8bcab9f
 class KID:
     """The cubic-kernel squared MMD between features of real and of generated images, over all processes; unbiased.
 
@@ -125,6 +125,7 @@ class KID:
         "The same on every process. ValueError where a set has fewer than 20 images."
         return kernel_distance(*self.features(seed))
 
+# %% ../../nbs/engine/fid.ipynb #d36da947
 def kernel_distance(real: Tensor, fake: Tensor) -> Score:
     "Mean of the cubic-kernel squared MMD over disjoint subsets of features [N, D] and [M, D]; n of the smaller set."
     from torchmetrics.image.kid import poly_mmd
@@ -153,7 +154,7 @@ RAE_10K_TEST = Protocol("rae-10k-test", 10_000, 10_000, "test", "Table 7: as the
 JOINT_EBM_30K = Protocol("joint-ebm-30k", 30_000, None, "train", "CelebA-HQ-256: as the joint EBM prior on NVAE was scored")
 PROTOCOLS = {protocol.name: protocol for protocol in (NVAE_50K_TRAIN, RAE_10K_TEST, JOINT_EBM_30K)}
 
-# %% ../../nbs/engine/fid.ipynb #8724fbf0
+# %% ../../nbs/engine/fid.ipynb #202d5cf7
 @dataclass(frozen=True)
 class ImageScores:
     "Two distances between generated and real images, and all that one must know to compare them."
@@ -168,12 +169,12 @@ class ImageScores:
     @property
     def distance_name(self) -> str:
         "FID, or what it is instead."
-        return "FID" if self.is_fid else "feature distance"
+        return "FID" if self.is_fid else "raw feature distance"
 
     @property
     def kernel_name(self) -> str:
         "KID, or what it is instead."
-        return "KID" if self.is_fid else "kernel feature distance"
+        return "KID" if self.is_fid else "raw kernel distance"
 
 # %% ../../nbs/engine/fid.ipynb #c87112f2
 def process() -> tuple[int, int]:
@@ -262,20 +263,22 @@ def score_images(protocol: Protocol, reference: Tensor | Dataset, draw: Callable
     "One sampler under one protocol: see `ImageScorer`, which keeps the real images' features for several."
     return ImageScorer(protocol, reference, network, batch_size=batch_size, seed=seed, limit=limit).score(draw)
 
-# %% ../../nbs/engine/fid.ipynb #76e6be47
+# %% ../../nbs/engine/fid.ipynb #6dfb6e3d
 class ClassifierFeatures(nn.Module):
-    "Bytes [B, C, H, W] -> the 64 whitened features of a `FeatureNet`, [B, 64]. ValueError on other than bytes of its shape."
+    "Bytes [B, C, H, W] -> the 64 features of a `FeatureNet` as they are, [B, 64]. ValueError on other than bytes of its shape."
     num_features, is_standard = 64, False
 
     def __init__(self, net: FeatureNet):
         super().__init__()
         self.net = net.eval()
-        self.name = f"64 whitened features of a classifier of {' x '.join(map(str, net.image_shape))} images"
+        self.name = f"64 features of a classifier of {' x '.join(map(str, net.image_shape))} images"
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             raise ValueError(f"ClassifierFeatures wants bytes (`to_bytes` makes them), got {images.dtype}")
-        return embed(self.net, images.float() / 255)
+        if images.shape[1:] != self.net.image_shape:
+            raise ValueError(f"the network measures images of shape {self.net.image_shape}, got {tuple(images.shape[1:])}")
+        return self.net.body(images.to(self.net.spread.device).float() / 255)
 
 def features_for(weights: str | Path | None, images: Tensor | None = None, labels: Tensor | None = None, *,
                  sha256: str | None = None, **training) -> nn.Module:

@@ -123,11 +123,11 @@ def cost_rows(name: str, steps: str, costs: dict[int, str]) -> tuple[Row, ...]:
                  for count, line in costs.items()
                  for printed, (what, unit, key) in zip(line.split(), COSTS))
 
-# %% ../../nbs/engine/paper.ipynb #7aa4948e
+# %% ../../nbs/engine/paper.ipynb #5aa43204
 STUDIES = (CELEBA + " --out runs/images/celeba64-30",
-           "ncp-vae run studies --preset full -p trained=runs/images/celeba64-30")
-STUDIES_NEED = CELEBA_NEEDS + (", and a score for images without labels: the notebook's features "
-                               "are trained on labels")
+           "ncp-vae run studies --preset full -p trained=runs/images/celeba64-30 -p inception=FILE "
+           "-p at_once=100")
+STUDIES_NEED = f"{CELEBA_NEEDS} for days of sampling more than Table 1"
 
 add("Table 6", "What proposals of SIR and iterations of LD buy, on CelebA-64, and what they cost.",
     "studies", STUDIES, STUDIES_NEED, data="celeba64", stand_ins=True, figures=("budgets*",),
