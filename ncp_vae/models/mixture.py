@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['GaussianMixture', 'MixturePriorVAE', 'fit_mixture']
 
-# %% ../../nbs/models/mixture.ipynb #50859719
+# %% ../../nbs/models/mixture.ipynb #ae1d39e4
+from math import log, pi
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
 
 from ..walk import FlatVAE, from_posterior
 
-# %% ../../nbs/models/mixture.ipynb #fb536573
+# %% ../../nbs/models/mixture.ipynb #8536cb02
 class GaussianMixture(Distribution):
     """n times the same mixture: batch [n], event [D].
 
@@ -38,7 +40,7 @@ class GaussianMixture(Distribution):
 
     def log_prob(self, z: Tensor) -> Tensor:
         "[*, n, D] -> [*, n], nats."
-        log_normaliser = z.shape[-1] * math.log(2 * math.pi) / 2
+        log_normaliser = z.shape[-1] * log(2 * pi) / 2
         parts = [self.weights[j].log() + inverse.diagonal().log().sum() - ((z - mean) @ inverse.T).square().sum(-1) / 2
                  for j, (mean, inverse) in enumerate(zip(self.means, self.inverses))]
         return torch.stack(parts).logsumexp(0) - log_normaliser
@@ -64,7 +66,7 @@ class MixturePriorVAE(FlatVAE):
     def likelihood(self, z: Tensor) -> Distribution:
         return self.vae.likelihood(z)
 
-# %% ../../nbs/models/mixture.ipynb #7951e053
+# %% ../../nbs/models/mixture.ipynb #56aaa9f2
 def fit_mixture(vae: FlatVAE, images, components: int = 10, seed: int = 0) -> MixturePriorVAE:
     """`vae` with a mixture fitted to one posterior draw of each image, a function of the seed.
 
@@ -76,8 +78,7 @@ def fit_mixture(vae: FlatVAE, images, components: int = 10, seed: int = 0) -> Mi
                          f"{tuple(shape)}, {len(images)} images and {components} components")
     vae, generator = vae.eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        device = vae.prior(1).sample().device
-        z = torch.cat([vae.walk(from_posterior(generator), evidence=vae.encode(images[at:at + 1000].to(device))).latents[0]
+        z = torch.cat([vae.walk(from_posterior(generator), evidence=vae.encode(images[at:at + 1000].to(vae.origin.device))).latents[0]
                        for at in range(0, len(images), 1000)])
     fit = Fit(components, max_iter=2000, random_state=seed).fit(z.double().cpu().numpy())
     roots = torch.linalg.cholesky(torch.from_numpy(fit.covariances_))
