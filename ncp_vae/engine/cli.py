@@ -239,17 +239,17 @@ def execute_in_place(path: Path) -> None:
     notebook.metadata = {"kernelspec": spec}
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 
-# %% ../../nbs/engine/cli.ipynb #01cee087
+# %% ../../nbs/engine/cli.ipynb #1111b209
 def report(args: argparse.Namespace) -> int:
     "ncp-vae report: RESULTS.md and the results notebook from results/, or the metrics of folders."
     if args.folders:
         say(listing(args.folders))
         return 0
     text = results_page(home() / "results")     # before anything is written: is there a folder?
-    (home() / "RESULTS.md").write_text(text, encoding="utf-8")
     notebook = home() / "nbs" / "results.ipynb"
     if notebook.is_file():
         execute_in_place(notebook)
+    (home() / "RESULTS.md").write_text(text, encoding="utf-8")
     runs, others = read_results(home() / "results")
     errors = [gain.errors or 0.0 for _, gain in compared(runs)]
     say(f"written: {home() / 'RESULTS.md'}, from {len(runs)} runs; {len(others)} without a result\n"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_features', 'gaussian_fit', 'gaussian_distance', 'frechet_distance', 'FeatureNet', 'embed', 'FeatureLoss',
-           'fit_features', 'jackknife_error', 'feature_distance', 'precision_recall']
+           'fit_features', 'left_out', 'jackknife_error', 'feature_distance', 'precision_recall']
 
 # %% ../../nbs/engine/features.ipynb #4049854d
 from zlib import crc32
@@ -117,16 +117,20 @@ def fit_features(images: Tensor, labels: Tensor, *, steps: int, batch_size: int,
     net.spread.copy_(gaussian_fit(8 * embed(net, images))[1])
     return net.eval()
 
-# %% ../../nbs/engine/features.ipynb #0fb02bff
-def jackknife_error(a: Tensor, b: Tensor, blocks: int = 20) -> float:
-    """The standard error of `frechet_distance` on features [N, D] and [M, D], by leaving out each block of both in turn.
+# %% ../../nbs/engine/features.ipynb #d0b3a4e5
+def left_out(a: Tensor, b: Tensor, blocks: int = 20) -> Tensor:
+    """`frechet_distance` on features [N, D] and [M, D] without each block of both in turn: [blocks], float64.
 
     Raises ValueError as `frechet_distance` does, also where leaving a block out leaves too few rows."""
     n = min(len(a), len(b))
     if not 2 <= blocks <= n:
         raise ValueError(f"feature_distance: blocks must lie between 2 and the number of images {n}, got {blocks}")
-    left = torch.tensor([frechet_distance(*(x[torch.arange(len(x)) % blocks != j] for x in (a, b))) for j in range(blocks)])
-    return ((blocks - 1) * left.double().var(unbiased=False).item()) ** 0.5
+    return torch.tensor([frechet_distance(*(x[torch.arange(len(x)) % blocks != j] for x in (a, b))) for j in range(blocks)],
+                        dtype=torch.float64)
+
+def jackknife_error(left: Tensor) -> float:
+    "The standard error of a statistic from its values without each of the blocks: [blocks]."
+    return ((len(left) - 1) * left.var(unbiased=False).item()) ** 0.5
 
 def feature_distance(net: FeatureNet, images_a: Tensor, images_b: Tensor, blocks: int = 20) -> Score:
     """The Fréchet distance between the features of two sets of images, [N, C, H, W] and [M, C, H, W] in [0, 1].
@@ -135,7 +139,7 @@ def feature_distance(net: FeatureNet, images_a: Tensor, images_b: Tensor, blocks
     compare at the same N and M only, and under the same network. Not an FID. Raises ValueError as `embed` and
     `frechet_distance` do, also where leaving a block out leaves too few rows."""
     a, b = embed(net, images_a), embed(net, images_b)
-    return Score(frechet_distance(a, b), jackknife_error(a, b, blocks), "estimate", min(len(a), len(b)))
+    return Score(frechet_distance(a, b), jackknife_error(left_out(a, b, blocks)), "estimate", min(len(a), len(b)))
 
 # %% ../../nbs/engine/features.ipynb #91118749
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:

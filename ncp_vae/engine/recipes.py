@@ -46,23 +46,24 @@ def network(model: str, image_shape, *, mean: Tensor | None = None, groups: int 
         raise ValueError(f"{model} is for images of shape {config.image_shape}, got {tuple(image_shape)}")
     return NVAE(config)
 
-# %% ../../nbs/engine/recipes.ipynb #ba508049
+# %% ../../nbs/engine/recipes.ipynb #3ac5a671
 def settings_for(model: str, n_images: int, *, steps: int = 0, batch_size: int = 128, lr: float = 2e-3, bf16: bool = False,
                  compile: bool = False) -> dict:
     """What `fit_vae` is to be given for the model besides the data and the seed.
 
     n_images: of the training set, from which a preset's epochs become steps. steps: 0 for all epochs of the preset; a dense model
-    needs a number. batch_size, lr: of the dense model; a preset has its own. bf16, compile: see `Recipe`."""
+    needs a number. batch_size, lr: of the dense model; a preset has its own (at most all images). bf16, compile: see `Recipe`."""
     switches = dict(bf16=bf16, compile=compile)
     if model == "dense":
         return dict(steps=steps, batch_size=batch_size, lr=lr, kl_warmup=steps // 10,
                     recipe=Recipe(lr_warm_up=steps // 50, **switches))
     chosen = preset(model.removeprefix("nvae:"))
-    epoch = max(1, n_images // chosen.batch_size)
+    batch_size = min(chosen.batch_size, n_images)
+    epoch = n_images // batch_size
     steps = steps or chosen.epochs * epoch
     adamax = Recipe("adamax", chosen.lr_min, min(steps // 2, chosen.warm_up_epochs * epoch), chosen.weight_decay,
                     channels_last=True, **switches)
-    return dict(steps=steps, batch_size=chosen.batch_size, lr=chosen.lr, kl_warmup=round(chosen.kl_warm_up * steps),
+    return dict(steps=steps, batch_size=batch_size, lr=chosen.lr, kl_warmup=round(chosen.kl_warm_up * steps),
                 recipe=adamax, kl_balance=True, spectral=chosen.spectral)
 
 # %% ../../nbs/engine/recipes.ipynb #185a4416

@@ -282,8 +282,8 @@ def facts(run: Finished, runs: list[Finished]) -> str:
     by_hand = " (in JupyterLab; the nearest command)" if run.record["preset"] == "by hand" else ""
     return f"**`{run.name}`** {'; '.join(words)}{by_hand}\n\n```sh\n{command_of(run.record)}\n```"
 
-# %% ../../nbs/engine/report.ipynb #54286ed0
-PLACES = ("seed", "data_root", "inception", "inception_sha256")
+# %% ../../nbs/engine/report.ipynb #1ff344a5
+PLACES = ("seed", "data_root", "inception", "parts")
 
 def made_by(command: str, runs: list[Finished]) -> list[str]:
     "The names of the runs that did what this command asks for."
@@ -292,7 +292,8 @@ def made_by(command: str, runs: list[Finished]) -> list[str]:
         return []
     name, wanted = asked_by(command)
     def same(run):
-        return run.experiment == name and all(
+        clean = not str(run.record["commit"]).endswith("-dirty")
+        return clean and run.experiment == name and all(
             run.params.get(key) == value for key, value in wanted.items() if key not in PLACES
         ) and bool(run.params.get("inception")) == bool(wanted.get("inception"))
     return [run.name for run in runs if same(run)]

@@ -94,7 +94,7 @@ def batches(data: Tensor | Dataset | DataLoader, batch_size: int, seed: int, sta
     for batch in DataLoader(data, batch_sampler=index_batches, collate_fn=collate, generator=own):
         yield arrive(batch, data, device)
 
-# %% ../../nbs/engine/train.ipynb #2461f0c5
+# %% ../../nbs/engine/train.ipynb #ac185263
 @dataclass(frozen=True)
 class Recipe:
     "How the parameters move, and with which means of the machine."
@@ -105,8 +105,11 @@ class Recipe:
     bf16: bool = False            # autocast of the networks
     channels_last: bool = False   # memory format of convolutions
     compile: bool = False         # torch.compile of the networks
+    parts: int = 1                # a batch goes through in so many parts, whose gradients add up: the memory of one
 
     def __post_init__(self):
+        if not isinstance(self.parts, int) or self.parts < 1:
+            raise ValueError(f"Recipe: parts must be a whole number of at least 1, got {self.parts!r}")
         if self.optimizer not in ("adam", "adamax"):
             raise ValueError(f"Recipe: optimizer must be adam or adamax, got {self.optimizer!r}")
         if min(self.lr_end, self.lr_warm_up, self.weight_decay) < 0:
@@ -163,18 +166,20 @@ class Training:
             checkpoints.save(self.checkpoint, dict(settings=self.settings, step=self.step, **state))
         self.kept = self.step
 
-# %% ../../nbs/engine/train.ipynb #c100b751
+# %% ../../nbs/engine/train.ipynb #5d586383
 def advance(training: Training, stream: Iterator[Tensor]) -> dict[str, Tensor]:
     "One step on the next batch; its loss and what else is logged. FloatingPointError before it where that is not finite."
     at, accelerator = training.step, training.accelerator
     torch.manual_seed((training.settings["seed"] * 1_000_003 + at) * 1_009 + accelerator.process_index)
-    x = next(stream)
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.recipe.bf16):
-        terms = training.model(x, at)
-    if not torch.isfinite(terms["loss"]):
-        raise FloatingPointError(f"{training.settings['name']}: the loss is {terms['loss'].item()} at step {at} of "
-                                 f"{training.settings['steps']}; lower lr ({training.settings['lr']}) or look at the data")
-    accelerator.backward(terms["loss"])
+    x, terms = next(stream), {}
+    for part in x.chunk(training.recipe.parts):
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=training.recipe.bf16):
+            found = {key: value * (len(part) / len(x)) for key, value in training.model(part, at).items()}
+        if not torch.isfinite(found["loss"]):
+            raise FloatingPointError(f"{training.settings['name']}: the loss is {found['loss'].item()} at step {at} of "
+                                     f"{training.settings['steps']}; lower lr ({training.settings['lr']}) or look at the data")
+        accelerator.backward(found["loss"])
+        terms = {key: terms.get(key, 0) + value.detach() for key, value in found.items()}
     training.optimizer.step(), training.parts["schedule"].step(), training.optimizer.zero_grad()
     training.step += 1
     return terms
@@ -322,15 +327,15 @@ def default_ratios(vae: TopDownVAE, seed: int) -> list[MLPRatio]:
         torch.manual_seed(seed)
         return [MLPRatio(z, c) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
 
-# %% ../../nbs/engine/train.ipynb #5852b085
-def held_out_row(ncp: NoiseContrastivePrior, images: Tensor, seed: int, negative: Callable) -> dict[str, float]:
+# %% ../../nbs/engine/train.ipynb #76e28529
+def held_out_row(ncp: NoiseContrastivePrior, images: Tensor, seed: int, batch_size: int, negative: Callable) -> dict[str, float]:
     "The numbers of each group's `RatioReport` on held-out images, as NAME_k; the ratios are in eval mode for it."
     training = ncp.training
-    reports = group_reports(ncp.eval(), images, seed, negative=negative)
+    reports = group_reports(ncp.eval(), images, seed, batch_size, negative)
     ncp.train(training)
     return {f"{name}_{k}": round(value, 6) for k, report in enumerate(reports) for name, value in vars(report).items()}
 
-# %% ../../nbs/engine/train.ipynb #704e65b9
+# %% ../../nbs/engine/train.ipynb #f922f40b
 def fit_ncp(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, ratios: Sequence[RatioEstimator] | None = None,
             steps: int, batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
             sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
@@ -349,7 +354,7 @@ def fit_ncp(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, ratios: Seq
     ncp = NoiseContrastivePrior(vae, default_ratios(vae, seed) if ratios is None else ratios)
     speed_up(vae.to(Accelerator().device), recipe.channels_last, recipe.compile)
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
-    monitor = None if held_out is None else partial(held_out_row, ncp, held_out, seed, loss.negative)
+    monitor = None if held_out is None else partial(held_out_row, ncp, held_out, seed, -(-batch_size // recipe.parts), loss.negative)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
         name="ncp" if base is None else f"ncp-{1 + stages(base)}", about=dict(model=description(ncp)), recipe=recipe, monitor=monitor,
         history=history, checkpoint=checkpoint)
