@@ -291,7 +291,8 @@ def both_scores():
 
 def vars_of(scores):
     "Plain values."
-    return {**vars(scores), "distance": vars(scores.distance), "kernel": vars(scores.kernel)}
+    return {**vars(scores), "distance": vars(scores.distance), "kernel": vars(scores.kernel),
+            "left": None if scores.left is None else scores.left.tolist()}
 
 
 def test_two_processes_are_one(tmp_path):
@@ -306,7 +307,8 @@ def test_two_processes_are_one(tmp_path):
         for kind in ("distance", "kernel"):
             for name in ("value", "std_error"):
                 assert found[kind][name] == pytest.approx(alone[kind][name], rel=1e-6, abs=1e-12)
-        assert {**found, "distance": 0, "kernel": 0} == {**alone, "distance": 0, "kernel": 0}
+        assert found["left"] == (alone["left"] and pytest.approx(alone["left"], rel=1e-6, abs=1e-12))
+        assert {**found, "distance": 0, "kernel": 0, "left": 0} == {**alone, "distance": 0, "kernel": 0, "left": 0}
 
 
 # ---- nearest neighbours ---------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ RAE_10K_TEST = Protocol("rae-10k-test", 10_000, 10_000, "test", "Table 7: as the
 JOINT_EBM_30K = Protocol("joint-ebm-30k", 30_000, None, "train", "CelebA-HQ-256: as the joint EBM prior on NVAE was scored")
 PROTOCOLS = {protocol.name: protocol for protocol in (NVAE_50K_TRAIN, RAE_10K_TEST, JOINT_EBM_30K)}
 
-# %% ../../nbs/engine/fid.ipynb #018d7e08
+# %% ../../nbs/engine/fid.ipynb #bbdccba6
 @dataclass(frozen=True)
 class ImageScores:
     "Two distances between generated and real images, and all that one must know to compare them."
@@ -164,7 +164,7 @@ class ImageScores:
     kernel: Score           # squared cubic-kernel MMD: KID where `is_fid`
     generated: int          # images
     reference: int          # images
-    precision: float        # share of generated images near real ones, of at most 10,000 of each
+    precision: float        # share of generated images near real ones, of at most 5,000 of each
     recall: float           # share of real images near generated ones
     features: str           # of which network
     protocol: str           # its name alone only where it was followed
@@ -207,7 +207,7 @@ def claimed_name(protocol: Protocol, generated: int, reference: int, size: int) 
         return protocol.name
     return f"{protocol.name} ({generated:,} of {protocol.generated:,} generated, {reference:,} of {wanted:,} real)"
 
-# %% ../../nbs/engine/fid.ipynb #14989333
+# %% ../../nbs/engine/fid.ipynb #fe8a1b96
 class ImageScorer:
     """Scores samplers under one protocol; the real images go through the network once, at the start.
 
@@ -232,21 +232,19 @@ class ImageScorer:
     def add(self, images: Tensor, real: bool) -> None:
         "One batch, through the network once."
         features = self.checked(to_bytes(images).to(Accelerator().device))
-        for metric in (self.fid, self.kid):
-            metric.update(features, real)
+        self.fid.update(features, real), self.kid.update(features, real)
 
     def score(self, draw: Callable[[int, torch.Generator], Tensor]) -> ImageScores:
         """draw(n, generator) gives n images [n, C, H, W] in [0, 1], of a model the likelihood's mean; see `ImageScores`.
 
         Raises ValueError where they have another shape than the real ones, or NaN."""
-        for metric in (self.fid, self.kid):
-            metric.states.reset()                       # forgets the generated images only
+        self.fid.states.reset(), self.kid.states.reset()        # forget the generated images only
         for b, start, stop in batches_of(self.generated, self.batch_size):
             self.add(drawn(draw, self.seed, b, (stop - start, *self.image_shape)), real=False)
         real, fake = self.kid.features(self.seed)
         left = left_out_if_any(real, fake)
         distance = replace(self.fid.compute(), std_error=None if left is None else jackknife_error(left))
-        near = precision_recall(real[:10_000].double(), fake[:10_000].double())
+        near = precision_recall(real[:5000].double(), fake[:5000].double())
         return ImageScores(distance, kernel_distance(real, fake), len(fake), len(real), *near, self.network.name,
                            claimed_name(self.protocol, len(fake), len(real), self.size), self.network.is_standard, left)
 

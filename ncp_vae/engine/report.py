@@ -358,7 +358,7 @@ def beats(runs: list[Finished]) -> str:
     head = ["run", "data", "comparison", "difference", "share", "standard errors", "beyond them?"]
     return table(head, lines) if lines else "No run has recorded a comparison."
 
-# %% ../../nbs/engine/report.ipynb #d427597a
+# %% ../../nbs/engine/report.ipynb #74a3bbb8
 INTRODUCTION = """\
 <!-- Made by `ncp-vae report` from the folders of results/ and the paper's numbers: change nothing here. -->
 
@@ -369,10 +369,10 @@ Every table and figure of the paper, its printed numbers beside those of the run
 than the paper's cannot be compared with the paper's, only with the other numbers of its column. *Bound* is
 what is proved to lie on its side of the true value, *estimate* is not; ± is one standard error, n the number
 of images, samples or draws. "Feature distance" is the Fréchet distance on features of a classifier that this
-project trains, and has nothing to do with a FID. The same with pictures: [nbs/results.ipynb](nbs/results.ipynb)."""
+project trains, whitened; "raw feature distance" is the same unwhitened, in another unit. Neither is a FID, and they must not be mixed. Other names in backquotes are explained in the run's notebook. The same with pictures: [nbs/results.ipynb](nbs/results.ipynb)."""
 
 BEATS = """\
-Positive is in favour of the prior named last. Gains in likelihood are paired by image; of two distances the
+Positive is in favour of the prior named last. Recorded gains (gain in the name) are paired, in likelihood by image and in distance by the jackknife's blocks of real images; of a difference of two recorded distances the
 errors are taken as independent, and `share` is the part of the first distance that is gone. More than two
 standard errors count."""
 
