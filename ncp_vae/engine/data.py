@@ -10,7 +10,7 @@ __all__ = ['SPACING', 'SIGMA', 'CHECKSUMS', 'DEBIAN', 'PACKAGED', 'CELEBA', 'STO
            'read_cifar10', 'load_cifar10', 'photo_crops', 'load_photos32', 'celeba_files', 'celebahq_files',
            'load_stored', 'load_folder', 'check_known', 'load', 'load_labels']
 
-# %% ../../nbs/engine/data.ipynb #19d62dd0
+# %% ../../nbs/engine/data.ipynb #4a8f22cd
 import gzip
 import hashlib
 import os
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .stored import Picture, Stored, prepare
+from .stored import Picture, Stored, open_image, prepare
 
 # %% ../../nbs/engine/data.ipynb #1f44efed
 class Rows(Dataset):
@@ -321,12 +321,11 @@ def load_stored(name: str, split: str, root, download: bool) -> Stored:
     raise FileNotFoundError(f"{name} ({split}) is not on this disk: looked in {' and '.join(map(str, places))} for {needed}. "
                             "Put them there, or pass root=FOLDER")
 
-# %% ../../nbs/engine/data.ipynb #c6e58971
+# %% ../../nbs/engine/data.ipynb #fe767acc
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 def load_folder(name: str, split: str, root, download: bool) -> Tensor:
     "The images under root: [N, 1 or 3, H, W]. FileNotFoundError where there are fewer than 10, ValueError for a bad one."
-    from PIL import Image
     paths = Path(root).rglob("*") if root is not None else []
     files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 10:
@@ -334,14 +333,7 @@ def load_folder(name: str, split: str, root, download: bool) -> Tensor:
                                 f"expected root=FOLDER with at least 10 of {', '.join(sorted(IMAGE_SUFFIXES))}")
     images = []
     for path in [path for i, path in enumerate(files) if (i % 10 == 0) == (split == "test")]:
-        try:
-            picture = Image.open(path)
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError(f"it has more than 8 bits a channel (mode {picture.mode})")
-            pixels = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not an 8-bit image that Pillow can read: {error}") from error
-        pixels = torch.from_numpy(pixels).float().div(255)
+        pixels = torch.from_numpy(np.array(open_image(path))).float().div(255)
         images.append(pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1))
         if images[-1].shape != images[0].shape:
             raise ValueError(f"{path} has shape {tuple(images[-1].shape)} (channels, height, width), the images before it "
