@@ -2,7 +2,7 @@
 
 The preset's model, data set, precision, learning rates and widths of the VAE are kept. Given by hand, in each test: the numbers of
 steps, images, draws and proposals; compile=false, since compiling takes minutes on a CPU; and a random stub of the FID network's
-weight file with its own hash, so that the distances are no FID. The three large ones are stopped after their first steps, since
+weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The three large ones are stopped after their first steps, since
 sampling from them takes minutes on a CPU."""
 import json
 import signal
@@ -105,6 +105,18 @@ def test_images(command, weights, tmp_path):
     assert {(row["stage"], row["step"]) for row in rows} == {("vae", 1), ("ncp", 1), ("ncp held-out", 1)}
     assert "loss_29" in rows[-1] and "loss_30" not in rows[-1]
     assert f"Inception-v3 with the file {weights['inception_sha256'][:8]}" in (tmp_path / "run" / "notebook.ipynb").read_text()
+
+
+def test_studies(command, tmp_path):
+    "On a finished NVAE of the digits: the one that the preset names takes a day to train."
+    small = dict(model="nvae:digits", vae_steps=4, ncp_steps=4, ncp_width=4, held_out_images=64, test_images=64, num_samples=2,
+                 log_z_samples=100, proposals=8, bound_images=20, draws=200, feature_steps=4, most_proposals=64, target_ess=4)
+    command("ncp-vae", "run", "hierarchical", "--out", tmp_path / "trained", *(f"-p{key}={value}" for key, value in small.items()))
+    command("ncp-vae", *full("studies", tmp_path / "run", trained=tmp_path / "trained", proposals="2,4", iterations="2,4", draws=200,
+                             at_once=50, repeats=2, ess_proposals=16, held_out_images=64, feature_steps=4))
+    params, metrics = result(tmp_path / "run", "studies")
+    assert {"sir_2_frechet", "sir_4_memory", "ld_2_seconds_1", "ld_4_seconds_10", "rank_correlation", "loss_2", "ess_1"} <= set(metrics)
+    assert metrics["sir_2_frechet"]["unit"] == "raw feature distance" and metrics["sir_2_frechet"]["paper"] is None
 
 
 @pytest.mark.parametrize("name, missing", [("images", "list_eval_partition.txt"), ("digits", "train-images-idx3-ubyte")])
