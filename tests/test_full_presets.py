@@ -2,8 +2,8 @@
 
 The preset's model, data set, precision, learning rates and widths of the VAE are kept. Given by hand, in each test: the numbers of
 steps, images, draws and proposals; compile=false, since compiling takes minutes on a CPU; and a random stub of the FID network's
-weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The three large ones are stopped after their first steps, since
-sampling from them takes minutes on a CPU."""
+weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The three large ones are
+stopped after their first steps, since sampling from them takes minutes on a CPU."""
 import json
 import signal
 import subprocess
