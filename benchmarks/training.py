@@ -184,7 +184,7 @@ def weights_apart(groups, images, settings):
 def held_out_losses(vae, ratios, test, copies, seed):
     "Loss of every group and its standard error: [K] each. An image's binarisations are averaged first: they are not independent."
     with torch.no_grad(), seeded(torch.Generator().manual_seed(seed)):
-        pairs = [group_logits(vae, ratios.eval(), torch.bernoulli(test), lambda step: draw(step.prior)) for _ in range(copies)]
+        pairs = [group_logits(vae, ratios.eval(), torch.bernoulli(test)) for _ in range(copies)]
     losses = torch.stack([torch.stack([softplus(-q) + softplus(p) for q, p in groups]) for groups in pairs]).mean(0)
     return losses.mean(1).tolist(), (losses.std(1) / len(test)**0.5).tolist()
 

@@ -24,7 +24,9 @@ class Elbo(NamedTuple):
 
 # %% ../nbs/theory/02_bound.ipynb #8ec88837
 def kl_of(step: Step, z: Tensor) -> Tensor:
-    "KL(q || p) of one step: [B], nats; exact where torch knows the pair, else log q(z) - log p(z) at the draw z."
+    """KL(q || p) of one step: [B], nats.
+
+    Exact where torch knows the pair, else log q(z) - log p(z) at the draw z."""
     try:
         return kl_divergence(step.posterior, step.prior)
     except NotImplementedError:
@@ -32,7 +34,9 @@ def kl_of(step: Step, z: Tensor) -> Tensor:
 
 # %% ../nbs/theory/02_bound.ipynb #bac33242
 def check_support(likelihood, x: Tensor) -> None:
-    "ValueError where x: [B, *image] has not the likelihood's shape or lies outside its support (if it states one)."
+    """ValueError where x: [B, *image] has not the likelihood's shape, or lies outside its support.
+
+    A likelihood that states no support is not asked."""
     shape = likelihood.batch_shape + likelihood.event_shape
     if x.shape != shape:
         raise ValueError(f"images of shape {tuple(x.shape)}; the likelihood gives {tuple(shape)}")
@@ -41,15 +45,16 @@ def check_support(likelihood, x: Tensor) -> None:
     except NotImplementedError:
         return
     if not support.check(x).all():
-        raise ValueError(f"images in [{x.min():.3g}, {x.max():.3g}] lie outside the likelihood's support, "
-                         f"{getattr(support, 'base_constraint', support)}: binarise them for a Bernoulli likelihood, "
-                         "bring them to its levels for one of few bits")
+        raise ValueError(f"images in [{x.min():.3g}, {x.max():.3g}] lie outside the likelihood's "
+                         f"support, {getattr(support, 'base_constraint', support)}: binarise them "
+                         "for a Bernoulli likelihood, bring them to its levels for one of few bits")
 
 # %% ../nbs/theory/02_bound.ipynb #d9428930
 def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -> Elbo:
     """Eq. 2 with one posterior draw an image (Eq. 1 where K = 1). x: [B, *image].
 
-    Raises ValueError where a shape of the walk is not what `vae` declares, or x is not what p(x | z) can produce."""
+    Raises ValueError where a shape of the walk is not what `vae` declares, or x is not what
+    p(x | z) can produce."""
     trace = check_trace(vae, vae.walk(from_posterior(generator), evidence=vae.encode(x)), len(x))
     check_support(trace.likelihood, x)
     reconstruction = trace.likelihood.log_prob(x)
@@ -60,10 +65,12 @@ def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -
 def paired_iwae(vae: TopDownVAE, x: Tensor, num_samples: int,
                 log_ratios: Sequence[Callable[[Trace], Tensor] | None],
                 generator: torch.Generator | None = None) -> Tensor:
-    """The importance-weighted bound under R priors, from the same walks: [R, B], nats. x: [B, *image].
+    """The importance-weighted bound under several priors, from the same walks.
 
-    Each of log_ratios maps a finished walk to log r(z) - log Z: [B]; None is the base prior itself.
-    Without gradients memory does not grow with num_samples: one walk at a time, and a running log-sum-exp.
+    x: [B, *image]; returns [len(log_ratios), B], nats. Each of log_ratios maps a finished walk to
+    log r(z) - log Z: [B]; None is the base prior itself. It is a bound in expectation, where Z
+    is exact and the ratio independent of the random numbers of these walks.
+    Without gradients memory does not grow with num_samples: one walk at a time and a running sum.
     Raises ValueError where num_samples < 1, and as `elbo` does."""
     if num_samples < 1:
         raise ValueError(f"iwae: num_samples must be at least 1, got {num_samples}")
@@ -74,7 +81,8 @@ def paired_iwae(vae: TopDownVAE, x: Tensor, num_samples: int,
             if total is None:
                 check_support(check_trace(vae, trace, len(x)).likelihood, x)
             log_w = trace.likelihood.log_prob(x) + trace.log_prior() - trace.log_posterior()
-            each = torch.stack([log_w if log_r is None else log_w + log_r(trace) for log_r in log_ratios])
+            each = torch.stack([log_w if log_r is None else log_w + log_r(trace)
+                                for log_r in log_ratios])
             total = each if total is None else torch.logaddexp(total, each)
     return total - log(num_samples)
 
@@ -84,7 +92,7 @@ def iwae(vae: TopDownVAE, x: Tensor, num_samples: int,
          generator: torch.Generator | None = None) -> Tensor:
     """The importance-weighted bound on log p(x): [B], nats. x: [B, *image].
 
-    log_ratio maps the latents to log r(z) - log Z: [B], and moves the bound to the prior r(z) p(z) / Z.
+    log_ratio maps the latents to log r(z) - log Z: [B]; the bound is then one under r(z) p(z) / Z.
     The rest: see `paired_iwae`."""
     of_trace = None if log_ratio is None else (lambda trace: log_ratio(trace.latents))
     return paired_iwae(vae, x, num_samples, [of_trace], generator)[0]

@@ -50,11 +50,12 @@ def mean_of(values: Tensor) -> Measured:
 
 # %% ../nbs/theory/04_nce.ipynb #a0a2bb75
 def log_mean_ratio(logits: Tensor) -> Measured:
-    """log E[r] over draws, in nats, from their log ratios; it never leaves log space.
+    """Estimates log E[r] from the log ratios of draws, in nats; it never leaves log space.
 
-    Logits of any shape: logits_p gives log E_p[r], which is 0 for a normalised ratio; -logits_q
-    gives log E_q[1/r], which is 0 too. The standard error is the relative one of the mean; above
-    about 0.1 few draws carry the mean, which is then mostly too low: trust neither number.
+    Logits of any shape: logits_p for log E_p[r], which is 0 for a normalised ratio; -logits_q for
+    log E_q[1/r], which is 0 too. Too low on average, by about half the squared standard error. The
+    standard error is the relative one of the mean. Above about 0.1 few draws carry the mean: trust
+    neither number. A small one is no proof: draws that never came cannot enlarge it.
     Raises ValueError where there are fewer than 2 logits or one is not finite."""
     rows = logit_rows(logits)
     log_mean = rows.logsumexp(0) - log(len(rows))
@@ -66,9 +67,9 @@ def log_mean_ratio(logits: Tensor) -> Measured:
 class Calibration:
     "A reliability table: predicted and empirical log ratio of each bin, in nats. [bins] each."
     predicted: Tensor     # log odds of the mean of D in the bin
-    empirical: Tensor     # log (k_q / n_q) - log (k_p / n_p); infinite where one kind is missing
+    empirical: Tensor     # log (b_q / n_q) - log (b_p / n_p); infinite where one kind is missing
     std_error: Tensor     # of empirical; infinite where one kind is missing
-    weight: Tensor        # (k_q / n_q + k_p / n_p) / 2: the bin's share, sums to 1
+    weight: Tensor        # (b_q / n_q + b_p / n_p) / 2: the bin's share, sums to 1
 
     @property
     def error(self) -> float:
@@ -78,7 +79,7 @@ class Calibration:
 
     @property
     def noise(self) -> float:
-        "What `error` is on average for the true ratio: the fractions' mean absolute deviation."
+        "About what `error` is on average for the true ratio: the fractions' mean deviation."
         fraction = self.empirical.sigmoid()
         deviation = (fraction * (1 - fraction) * self.std_error).nan_to_num(0)  # one kind: none
         return (self.weight * (2 / pi) ** 0.5 * deviation).sum().item()
@@ -101,11 +102,11 @@ def calibration(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> Calibrati
     index = torch.bucketize(pooled, inner, right=True)
     columns = []
     for b in index.unique():
-        k_q, k_p = (index[:n_q] == b).sum().double(), (index[n_q:] == b).sum().double()
+        b_q, b_p = (index[:n_q] == b).sum().double(), (index[n_q:] == b).sum().double()
         rows, share = pooled[index == b], log_share[index == b]
         predicted, other = ((logsigmoid(side) + share).logsumexp(0) for side in (rows, -rows))
-        variance = 1 / k_q - 1 / n_q + 1 / k_p - 1 / n_p
-        empirical, weight = (k_q / n_q).log() - (k_p / n_p).log(), (k_q / n_q + k_p / n_p) / 2
+        variance = 1 / b_q - 1 / n_q + 1 / b_p - 1 / n_p
+        empirical, weight = (b_q / n_q).log() - (b_p / n_p).log(), (b_q / n_q + b_p / n_p) / 2
         columns.append(torch.stack([predicted - other, empirical, variance.sqrt(), weight]))
     return Calibration(*torch.stack(columns, 1))
 
@@ -115,24 +116,25 @@ class RatioReport:
     "What held-out logits say about a ratio, in nats; the calibration numbers are probabilities."
     loss: float                         # Eq. 3; 2 log 2 where q = p
     loss_std_error: float
-    jsd: float                          # log 2 - L/2: on average a lower bound on JSD(p || q)
+    jsd: float                          # log 2 - L/2: on average at most JSD(p || q)
     jsd_std_error: float
     log_mean_ratio: float               # log E_p[r]: 0 for a normalised ratio
     log_mean_ratio_std_error: float
     log_mean_inverse: float             # log E_q[1/r]: 0 for a normalised ratio
     log_mean_inverse_std_error: float
-    kl_bound: float                     # E_q[log r] - log E_p[r] <= KL(q || p)
+    kl_bound: float                     # estimates E_q[log r] - log E_p[r] <= KL(q || p)
     kl_bound_std_error: float
     calibration_error: float
-    calibration_noise: float            # what calibration_error is on average for the true ratio
+    calibration_noise: float            # about its mean for the true ratio
 
 # %% ../nbs/theory/04_nce.ipynb #b03b12aa
 def diagnose(logits_q: Tensor, logits_p: Tensor, bins: int = 10) -> RatioReport:
     """Loss, divergences, free checks and calibration of a ratio from logits of held-out draws.
 
-    Logits of any shape, not necessarily equally many. log_mean_ratio, and kl_bound with it, are
-    believable only where log_mean_ratio_std_error is below about 0.1, that is for divergences well
-    below log n with n draws.
+    Logits of any shape, not necessarily equally many, of independent draws. kl_bound estimates a
+    lower bound on KL(q || p) and is itself none: the log of a sample mean is too low on average.
+    It can stand far above the KL where the draws of p miss what carries E_p[r]: surely where
+    log_mean_ratio_std_error is above about 0.1, and possibly where it is not.
     Raises ValueError where bins < 1, a kind has fewer than 2 logits, or one is not finite."""
     rows_q, rows_p = logit_rows(logits_q), logit_rows(logits_p)
     loss_q, loss_p = mean_of(softplus(-rows_q)), mean_of(softplus(rows_p))
@@ -161,10 +163,10 @@ class RatioEstimator(nn.Module):
 
 # %% ../nbs/theory/04_nce.ipynb #9a0e3a8f
 class StagedRatio(RatioEstimator):
-    """The product of several stages' ratios: log r = sum_t log r_t (log Z_t is left out).
+    """A product of ratios is a ratio: log r = sum_j log r^{(j)}.
 
-    Each stage's base is the product of those before. At the optimum it is log q/p plus a constant,
-    the log normalisers of the earlier products.
+    The sum adds nothing for normalisers. For stages trained as the chapter on stages does, each
+    against the normalised product of those before, the optimal sum is log q/p itself.
     Raises ValueError where there is no stage."""
 
     def __init__(self, stages: Sequence[RatioEstimator]):

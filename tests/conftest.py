@@ -27,7 +27,7 @@ def own_seed():
 @pytest.fixture
 def command():
     "Run a program of this environment in a process of its own; a failed assertion shows the end of its output."
-    def run(name, *arguments, cwd=ROOT, timeout=300):
+    def run(name, *arguments, cwd=ROOT, timeout=1200):      # seconds, against a hang: many times what a busy machine needs
         try:
             done = subprocess.run([BIN / name, *map(str, arguments)], cwd=cwd, timeout=timeout, text=True,
                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

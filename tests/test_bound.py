@@ -3,13 +3,13 @@
 Every statistical test has fixed seeds and accepts |z| < 5: a correct implementation fails a single comparison for
 one seed in 1.7 million. Each has a broken twin that the same test must refuse."""
 from itertools import product
-from math import log
+from math import comb, exp, log, pi
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from ncp_vae.bound import elbo, iwae, kl_of
+from ncp_vae.bound import check_support, elbo, iwae, kl_of, paired_iwae
 from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, from_posterior, rows, seeded
 
 
@@ -145,12 +145,24 @@ def test_iwae_streams():
     assert calls == ["encode"] + [3] * 7
 
 
-def test_more_samples_are_better_for_every_set_of_draws():
-    log_w = log_weights(WRONG, MANY[:500], 16, seed(2))
-    def bound(w):
-        return w.logsumexp(0) - log(len(w))
-    assert (bound(log_w) >= (bound(log_w[:8]) + bound(log_w[8:])) / 2 - 1e-12).all()
-    assert (bound(log_w) > log_w.mean(0)).all()
+def test_the_tight_case_cannot_see_the_order_of_mean_and_log():
+    "All weights are equal, so the mean of logs passes too: what refuses it are the cases with unequal weights below."
+    torch.testing.assert_close(log_weights(RIGHT, IMAGES, 7).mean(0), RIGHT.log_evidence(IMAGES))
+
+
+def test_paired_bounds_share_their_draws():
+    "Each row is the bound that iwae gives for its ratio alone, and the one-sample gain is the ratio at the draw."
+    def log_r(trace):
+        return -trace.latents[0].square().sum(1)
+    base, with_r = paired_iwae(WRONG, IMAGES, 1, [None, log_r], seed(12))
+    with seeded(seed(12)):
+        trace = WRONG.walk(from_posterior(), evidence=WRONG.encode(IMAGES))
+    torch.testing.assert_close(with_r - base, log_r(trace))
+    for num_samples in (1, 5):
+        base, with_r = paired_iwae(WRONG, IMAGES, num_samples, [None, log_r], seed(12))
+        torch.testing.assert_close(base, iwae(WRONG, IMAGES, num_samples, generator=seed(12)))
+        alone = iwae(WRONG, IMAGES, num_samples, lambda latents: -latents[0].square().sum(1), seed(12))
+        torch.testing.assert_close(with_r, alone)
 
 
 def test_log_ratio_moves_the_bound_to_the_tilted_prior():
@@ -182,6 +194,43 @@ def test_the_same_seed_gives_the_same_bound_and_spares_the_global_state():
 def test_no_samples_are_refused(num_samples):
     with pytest.raises(ValueError, match=f"at least 1, got {num_samples}"):
         iwae(WRONG, IMAGES, num_samples)
+
+
+class Binary(FlatVAE):
+    "Two pixels, each 0 or 1."
+
+    def posterior(self, x):
+        return diagonal_normal(x, torch.ones_like(x))
+
+    def likelihood(self, z):
+        return Independent(Bernoulli(logits=z, validate_args=False), 1)
+
+
+@pytest.mark.parametrize("x, words", [(torch.tensor([[0.0, 0.5]]), r"images in \[0, 0.5\] lie outside"),
+                                      (torch.ones(1, 1), r"images of shape \(1, 1\); the likelihood gives \(1, 2\)")])
+def test_images_that_the_likelihood_cannot_produce_are_refused(x, words):
+    vae, possible = Binary(2), torch.tensor([[0.0, 1.0]])
+    check_support(vae.likelihood(torch.zeros(1, 2)), possible)
+    assert elbo(vae, possible).elbo.isfinite().all() and iwae(vae, possible, 2).isfinite().all()
+    with pytest.raises(ValueError, match=words):
+        check_support(vae.likelihood(torch.zeros(1, 2)), x)
+    for bound in (lambda: elbo(vae, x.expand(1, 2)), lambda: iwae(vae, x.expand(1, 2), 2)):
+        if x.shape == (1, 2):
+            with pytest.raises(ValueError, match=words):
+                bound()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bounds_on_a_gpu():
+    vae, x = LinearGaussian(shift=0.8, stretch=1.5).cuda(), IMAGES.cuda()
+    log_ratios = [None, lambda trace: -trace.latents[0].square().sum(1)]
+    bounds = paired_iwae(vae, x, 5, log_ratios, seed(1))
+    assert bounds.shape == (2, 3) and bounds.device == x.device
+    assert torch.equal(bounds, paired_iwae(vae, x, 5, log_ratios, seed(1))) and elbo(vae, x).elbo.device == x.device
+    right = LinearGaussian().cuda()
+    torch.testing.assert_close(iwae(right, x, 7).cpu(), RIGHT.log_evidence(IMAGES))
+    with pytest.raises(ValueError, match="images of shape"):
+        check_support(right.likelihood(torch.zeros(3, 2, dtype=x.dtype, device="cuda")), x[:1])
 
 
 def test_elbo_adds_up_and_its_kl_is_the_formula():
@@ -271,6 +320,75 @@ def test_the_two_sample_bound_by_enumeration_of_pairs(x):
         check_mean(log_weights(vae, images, 2, seed(8)).mean(0), truth)
 
 
+GRID = torch.linspace(-40, 40, 40_001, dtype=torch.float64)
+
+
+def log_normal(z, loc, std):
+    return -((z - loc) / std) ** 2 / 2 - log(std) - log(2 * pi) / 2
+
+
+def integral(values):
+    return torch.trapezoid(values, GRID)
+
+
+def wrong_moment(k):
+    "E[(w / p(x))^k] of WRONG by quadrature: two independent coordinates alike."
+    log_weight = log_normal(GRID, 0.0, 1.0) - log_normal(GRID, WRONG.shift, WRONG.stretch)
+    return integral((log_normal(GRID, WRONG.shift, WRONG.stretch) + k * log_weight).exp()).item() ** 2
+
+
+@pytest.mark.parametrize("num_samples", [8, 32])
+def test_the_gap_is_the_one_of_the_expansion(num_samples):
+    "Y - log(1 + Y) with Y = mean weight / p(x) - 1 has the gap as its mean and a relative error of 1 % here."
+    second, third = wrong_moment(2) - 1, wrong_moment(3) - 3 * wrong_moment(2) + 2
+    gap = second / (2 * num_samples) + (0.75 * second**2 - third / 3) / num_samples**2
+    log_px = WRONG.log_evidence(IMAGES)[0]
+
+    def sample(values):
+        return (values - log_px).exp() - 1 - (values - log_px)
+    values = sample(iwae(WRONG, MANY, num_samples, generator=seed(13)))
+    assert 5 * values.std() / len(values) ** 0.5 < 0.1 * gap               # the window does not hold zero
+    check_mean(values, gap)
+    log_w = log_weights(WRONG, MANY, num_samples, seed(13))
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: half the samples
+        check_mean(sample(log_w[::2].logsumexp(0) - log(num_samples // 2)), gap)
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: logs averaged
+        check_mean(log_px - log_w.mean(0), gap)
+
+
+def test_more_samples_are_better_and_stay_below():
+    "In expectation: each doubling rises by more than five standard errors, and none reaches log p(x)."
+    log_px = WRONG.log_evidence(IMAGES)[0]
+
+    def check_rises(bounds):
+        means, errors = torch.stack([b.mean() for b in bounds]), torch.stack([b.std() for b in bounds]) / len(MANY)**0.5
+        assert (means.diff() > 5 * torch.hypot(errors[1:], errors[:-1])).all(), "does not rise"
+        assert (means + 5 * errors < log_px).all(), "not below"
+    check_rises([iwae(WRONG, MANY, s, generator=seed(20 + s)) for s in (1, 2, 4, 8)])
+    log_w = [log_weights(WRONG, MANY, s, seed(20 + s)) for s in (1, 2, 4, 8)]
+    with pytest.raises(AssertionError, match="does not rise"):             # the broken twin: logs averaged
+        check_rises([w.mean(0) for w in log_w])
+    with pytest.raises(AssertionError, match="not below"):                 # the broken twin: summed, not averaged
+        check_rises([w.logsumexp(0) for w in log_w])
+
+
+@pytest.mark.parametrize("num_samples", [2, 4])
+def test_a_rare_small_weight_costs_what_the_binomial_sum_says(num_samples):
+    "Weights a or 2 - a, one half each: the variance is 1 for all small a, the gap is not."
+    log_a = -100.0
+    def log_mean(high):
+        return log((high * (2 - exp(log_a)) + (num_samples - high) * exp(log_a)) / num_samples)
+    gap = -sum(comb(num_samples, high) * 0.5**num_samples * log_mean(high) for high in range(num_samples + 1))
+    assert gap > 10 / (2 * num_samples)                                    # ten times Var / (2 S p^2)
+    centre = RIGHT.posterior(MANY).mean[0, 0]
+    def log_ratio(latents):
+        return torch.where(latents[0][:, 0] < centre, log_a, log(2 - exp(log_a)))
+    check_mean(RIGHT.log_evidence(IMAGES)[0] - iwae(RIGHT, MANY, num_samples, log_ratio, seed(14)), gap)
+    with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: the variance alone
+        check_mean(RIGHT.log_evidence(IMAGES)[0] - iwae(RIGHT, MANY, num_samples, log_ratio, seed(14)),
+                   1 / (2 * num_samples))
+
+
 def test_weights_average_to_p_of_x():
     "E[w] = p(x), with any posterior; w is bounded here because q is wider than the true posterior."
     log_px = WRONG.log_evidence(IMAGES)[0]
@@ -306,6 +424,30 @@ def test_a_perfect_prior_gains_the_marginal_kl():
         return iwae(vae, images, 1, log_ratio, seed(11)) - iwae(vae, images, 1, generator=seed(11))
     truth = (aggregate * log_r).sum()
     check_mean(gain(lambda z: log_r[z[0], z[1]]), truth)
+    with_q = Tables((2, 3))                                                # the same gain with q as the model's own prior
+    with_q.p = [aggregate.sum(1), aggregate / aggregate.sum(1, keepdim=True)]
+    of_prior = iwae(with_q, images, 1, generator=seed(11)) - iwae(vae, images, 1, generator=seed(11))
+    torch.testing.assert_close(of_prior, gain(lambda z: log_r[z[0], z[1]]))
     first = (vae.posterior_joint(1)[0] / (vae.p[0][:, None] * vae.p[1])).log()
     with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: fitted to one image only
         check_mean(gain(lambda z: first[z[0], z[1]]), truth)
+
+
+def test_numbers_in_the_answers_of_the_exercises():
+    "The chapter's four images with one latent; each number is given there without a cell that prints it."
+    x = torch.tensor([[-2.0], [-1.3], [0.8], [1.4]], dtype=torch.float64)
+    def mixture(centres, std=0.35):
+        return log_normal(GRID, centres, std).logsumexp(0) - log(len(centres))
+    log_q, log_p, spread = mixture(x), log_normal(GRID, 0.0, 1.0), (0.35**2 + x.var(correction=0)).sqrt().item()
+    def of_bound(log_new):
+        return integral(log_q.exp() * (log_new - log_p)).item()
+    def of_likelihood(log_new):
+        new, base = (integral((log_normal(x, GRID, 0.5) + log_prior).exp()).log().mean() for log_prior in (log_new, log_p))
+        return (new - base).item()
+    gaussian, moved = log_normal(GRID, x.mean().item(), spread), mixture(x + 0.5)
+    assert round(of_bound(log_normal(GRID, -2.0, 0.35)), 1) == -18.6
+    assert of_bound(moved) < of_bound(gaussian)
+    assert (round(of_likelihood(moved), 2), round(of_likelihood(gaussian), 2)) == (0.26, 0.09)
+    narrow = LinearGaussian(stretch=0.5)
+    gaps = [narrow.log_evidence(IMAGES)[0] - iwae(narrow, MANY, s, generator=seed(15)).mean() for s in (1, 8, 64)]
+    assert all(1.6 < above / below < 2.6 for above, below in zip(gaps, gaps[1:]))

@@ -3,9 +3,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from ncp_vae.engine import experiment as ex
@@ -140,8 +140,8 @@ def test_states_of_processes(tmp_path):
     assert state(created=status["created"] - 3600) == "killed"         # the number belongs to another process by now
     assert state(host="elsewhere", pid=gone.pid) == "running"
     zombie = subprocess.Popen([sys.executable, "-c", ""])
-    time.sleep(0.5)
-    assert state(pid=zombie.pid, created=time.time()) == "killed"
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)           # until it has ended; it stays a zombie
+    assert state(pid=zombie.pid, created=psutil.Process(zombie.pid).create_time()) == "killed"
     zombie.wait()
     (folder / "status.json").write_text('{"state": "succ')
     assert ex.state_of(folder) == "killed"

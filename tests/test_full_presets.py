@@ -13,6 +13,8 @@ import pytest
 from conftest import BIN
 from tiny import write_celeba, write_fashion_mnist, write_inception
 
+from ncp_vae.engine.cost import forget_peak
+
 STEPS = dict(vae_steps=2, ncp_steps=2)
 FEW = dict(num_samples=2, log_z_samples=100, proposals=16)
 
@@ -32,14 +34,14 @@ def result(folder, name):
 
 def stopped(command, tmp_path, file, name, **given):
     "Ctrl-C once a full run has written this file: it ends as interrupted and is no result. The rows of its history."
-    folder, deadline = tmp_path / "run", time.monotonic() + 300
+    folder, deadline = tmp_path / "run", time.monotonic() + 1200
     with subprocess.Popen([BIN / "ncp-vae", *map(str, full(name, folder, **given))], cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
             while not list(folder.rglob(file)) and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=90)[0]
+            said = process.communicate(timeout=1200)[0]
         finally:
             process.kill()
     assert process.returncode == 130, said[-3000:]
@@ -115,7 +117,8 @@ def test_studies(command, tmp_path):
     command("ncp-vae", *full("studies", tmp_path / "run", trained=tmp_path / "trained", proposals="2,4", iterations="2,4", draws=200,
                              at_once=50, repeats=2, ess_proposals=16, held_out_images=64, feature_steps=4))
     params, metrics = result(tmp_path / "run", "studies")
-    assert {"sir_2_frechet", "sir_4_memory", "ld_2_seconds_1", "ld_4_seconds_10", "rank_correlation", "loss_2", "ess_1"} <= set(metrics)
+    assert ("sir_4_memory" in metrics) == forget_peak()            # on some systems memory cannot be measured
+    assert {"sir_2_frechet", "ld_2_seconds_1", "ld_4_seconds_10", "rank_correlation", "loss_2", "ess_1"} <= set(metrics)
     assert metrics["sir_2_frechet"]["unit"] == "raw feature distance" and metrics["sir_2_frechet"]["paper"] is None
 
 
@@ -124,7 +127,7 @@ def test_without_its_data_a_full_run_fails_before_training(name, missing, comman
     "Nothing else is overridden. The Debian package of Fashion-MNIST may be installed: then MNIST is asked for."
     folder, more = tmp_path / "run", {"dataset": "mnist"} if name == "digits" else weights
     words = full(name, folder, data_root=tmp_path / "nothing", **more)
-    done = subprocess.run([BIN / "ncp-vae", *map(str, words)], cwd=tmp_path, text=True, timeout=120, capture_output=True)
+    done = subprocess.run([BIN / "ncp-vae", *map(str, words)], cwd=tmp_path, text=True, timeout=1200, capture_output=True)
     assert done.returncode == 1 and not list(folder.glob("*.ckpt")) and not (folder / "history.jsonl").exists()
     assert "is not on this disk" in done.stderr and missing in done.stderr and "root=FOLDER" in done.stderr
     listed = command("ncp-vae", "report", folder)

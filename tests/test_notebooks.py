@@ -12,4 +12,4 @@ CHAPTERS = sorted(path.relative_to(ROOT).as_posix() for folder in (".", "theory"
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapter_runs(chapter, command):
-    command("nbdev_test", "--path", ROOT / chapter, timeout=300)
+    command("nbdev_test", "--path", ROOT / chapter)

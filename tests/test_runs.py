@@ -12,10 +12,10 @@ RUNS = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "nbs"
 @pytest.mark.parametrize("name", RUNS)
 def test_run_at_smoke_preset(name, command, tmp_path):
     folder = tmp_path / "run"
-    command("ncp-vae", "run", name, "--preset", "smoke", "--out", folder, cwd=tmp_path, timeout=300)
+    command("ncp-vae", "run", name, "--preset", "smoke", "--out", folder, cwd=tmp_path)
     assert json.loads((folder / "status.json").read_text())["state"] == "succeeded"
     record = json.loads((folder / "metrics.json").read_text())
-    assert record["experiment"] == name and record["preset"] == "smoke" and record["seconds"] > 0
+    assert record["experiment"] == name and record["preset"] == "smoke" and record["seconds"] >= 0
     assert record["params"] == json.loads((folder / "params.json").read_text())["params"]
     assert {"commit", "environment"} <= set(record) and record["metrics"]
     for metric in record["metrics"].values():
@@ -27,6 +27,6 @@ def test_the_hierarchical_run_takes_an_nvae(command, tmp_path):
     small = dict(model="nvae:digits", vae_steps=30, ncp_steps=20, ncp_width=8, held_out_images=64, test_images=64, num_samples=2,
                  log_z_samples=100, proposals=8, bound_images=20, draws=200, feature_steps=20, most_proposals=64, target_ess=4)
     given = [part for name, value in small.items() for part in ("-p", f"{name}={value}")]
-    command("ncp-vae", "run", "hierarchical", *given, "--out", tmp_path / "run", cwd=tmp_path, timeout=300)
+    command("ncp-vae", "run", "hierarchical", *given, "--out", tmp_path / "run", cwd=tmp_path)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]
     assert {"loss_1", "loss_2", "nll_gain", "mmd2_budgets", "frechet_most"} <= set(metrics) and "loss_3" not in metrics

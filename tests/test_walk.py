@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, Exponential, Independent, Normal
 
-from ncp_vae.walk import (FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, draw, from_posterior, from_prior, replay,
-                          rows, seeded, tempered)
+from ncp_vae.walk import (FlatVAE, Step, TopDownVAE, Trace, at_least_float32, check_trace, diagonal_normal, draw,
+                          from_posterior, from_prior, replay, rows, seeded, tempered)
 
 
 def seed(number):
@@ -172,6 +172,40 @@ def test_a_flat_prior_follows_the_model():
     assert Flat(4).latent_shapes == [torch.Size([4])] and Flat(4).state_dict() == {}
 
 
+def test_the_helpers():
+    "One source of the number of rows; one density a row; float32 or better."
+    assert rows(5, None) == rows(None, 5) == 5
+    p = diagonal_normal(torch.zeros(4, 3, 2), torch.ones(4, 3, 2))
+    assert p.batch_shape == (4,) and p.event_shape == (3, 2) and p.log_prob(p.sample()).shape == (4,)
+    kinds = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float64: torch.float64}
+    assert all(at_least_float32(torch.ones(1, dtype=given)).dtype == kind for given, kind in kinds.items())
+
+
+def test_a_chooser_that_keeps_the_top_agrees_with_the_two_at_its_ends():
+    "The answer to an exercise of the chapter: posterior above a level, prior below it, one generator for both."
+    def keep_top(levels):
+        generator = seed(15)
+        kept, redrawn = from_posterior(generator), from_prior(generator=generator)
+        return lambda step: kept(step) if step.index < levels else redrawn(step)
+
+    def latents(choose):
+        return torch.stack(MODELS[3].walk(choose, evidence=X).latents)
+    top, prior = latents(from_posterior(seed(15))), latents(from_prior(generator=seed(15)))
+    assert torch.equal(latents(keep_top(3)), top) and torch.equal(latents(keep_top(0)), prior)
+    mixed = latents(keep_top(2))
+    assert torch.equal(mixed[:2], top[:2]) and not torch.isclose(mixed[2], top[2]).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_walk_on_a_gpu():
+    vae, x = Flat((2,)).cuda(), X.float().cuda()
+    trace = check_trace(vae, vae.walk(from_posterior(seed(0)), evidence=vae.encode(x)), 3)
+    again = vae.walk(replay(trace.latents), evidence=vae.encode(x))
+    assert trace.latents[0].device == x.device and torch.equal(again.log_prior(), trace.log_prior())
+    a, b = (vae.walk(from_prior(0.7, seed(1)), n=3).latents[0] for _ in range(2))
+    assert torch.equal(a, b) and a.device == x.device
+
+
 def test_the_trace_keeps_the_untempered_prior():
     trace = MODELS[3].walk(from_prior(0.3, seed(0)), n=4)
     torch.testing.assert_close(trace.log_prior(), MODELS[3].walk(replay(trace.latents), n=4).log_prior())
@@ -198,12 +232,67 @@ def test_refused(vae, words, call):
 
 
 def test_refused_kinds():
-    with pytest.raises(TypeError, match="Exponential"):
-        tempered(Exponential(torch.ones(2)), 0.5)
+    for law in (Exponential(torch.ones(2)), Categorical(logits=torch.zeros(1, 2))):
+        with pytest.raises(TypeError, match=type(law).__name__):
+            tempered(law, 0.5)
+        assert tempered(law, 1.0) is law
     for call in (lambda: TopDownVAE().encode(X), lambda: TopDownVAE().walk(from_prior(), n=1),
-                 lambda: FlatVAE(2).posterior(X), lambda: FlatVAE(2).likelihood(X)):
+                 lambda: FlatVAE(2).encode(X), lambda: FlatVAE(2).posterior(X), lambda: FlatVAE(2).likelihood(X)):
         with pytest.raises(NotImplementedError, match="must define"):
             call()
+
+
+def test_a_replay_that_ends_early_is_refused():
+    latents = Chain(3).walk(from_prior(), n=2).latents
+    with pytest.raises(ValueError, match="1 latents given, the walk has reached group 2"):
+        Chain(3).walk(replay(latents[:1]), n=2)
+
+
+def test_one_row_would_broadcast_without_the_check():
+    "What the refusal of a misshapen replay is for: the prior gives two densities of the one latent."
+    one_row = torch.zeros(1, 2, dtype=torch.float64)
+    assert MODELS[0].prior(2).log_prob(one_row).shape == (2,)
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), the walk needs \(2, 2\)"):
+        MODELS[0].walk(replay([one_row]), n=2)
+
+
+class Forgetful(Chain):
+    "A chain that gets the shape of one of its laws, or of its context, wrong."
+
+    def __init__(self, what):
+        super().__init__(2)
+        self.what = what
+
+    def walk(self, choose, *, n=None, evidence=None):
+        trace = super().walk(choose, n=n, evidence=evidence)
+        step = trace.steps[1]
+        if self.what == "likelihood":
+            trace.likelihood = trace.likelihood.base_dist               # one density a pixel
+        elif self.what == "context":
+            step.context = step.context[:, :1]
+        else:
+            setattr(step, self.what, getattr(step, self.what).base_dist)
+        return trace
+
+
+@pytest.mark.parametrize("what, words", [
+    ("prior", r"prior of group 1 has batch \(3, 2\) and event \(\), expected \(3,\) and \(2,\): wrap it in Independent"),
+    ("posterior", r"posterior of group 1 has batch \(3, 2\)"),
+    ("context", r"context of group 1 has shape \(3, 1\), expected \(3, 2\)"),
+    ("likelihood", r"likelihood has batch \(3, 2\) and event \(\), expected batch \(3,\)"),
+])
+def test_check_trace_refuses_shapes_that_would_broadcast(what, words):
+    vae = Forgetful(what)
+    with pytest.raises(ValueError, match=words):
+        check_trace(vae, vae.walk(from_posterior(seed(0)), evidence=X), 3)
+
+
+@pytest.mark.parametrize("vae", MODELS)
+def test_check_trace_passes_what_fits(vae):
+    trace = vae.walk(from_posterior(seed(0)), evidence=vae.encode(X))
+    assert check_trace(vae, trace, 3) is trace
+    with pytest.raises(ValueError, match=r"expected \(4,\)"):
+        check_trace(vae, trace, 4)
 
 
 # ---------------------------------------------------------------- statistics

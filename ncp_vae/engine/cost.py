@@ -36,7 +36,8 @@ def seconds(call: Callable, repeats: int, device: torch.device) -> list[float]:
 
 # %% ../../nbs/engine/cost.ipynb #54c5970e
 def resident(key: str) -> int:
-    "VmRSS, what this process has in memory now, or VmHWM, the most that it had: bytes, as Linux counts them."
+    """Bytes of this process as Linux counts them: VmRSS, what is in memory now; VmHWM, the most that was; RssFile, of what is
+    there now the pages of files, such as libraries."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -56,7 +57,7 @@ def peak_growth(call: Callable, device: torch.device) -> int | None:
     """Bytes that a call needs at its peak beyond what was there before it.
 
     On a GPU of tensors, as torch's allocator counts; else resident memory of the whole process. None where the system cannot tell.
-    Call once before: what is loaded at a first call would count too."""
+    Call once before: what is loaded at a first call, and the pages of libraries that it is the first to touch, count too."""
     if device.type == "cuda":
         wait(device)
         torch.cuda.reset_peak_memory_stats(device)

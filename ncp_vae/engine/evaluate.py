@@ -22,8 +22,9 @@ from ..bound import paired_iwae
 from ..holes import mmd2
 from ..nce import RatioEstimator, RatioReport, diagnose
 from ..prior import Estimate, NoiseContrastivePrior
-from ..sampling import SIR, log_ratio_at
-from ..walk import Step, TopDownVAE, Trace, check_trace, draw, from_posterior, from_prior, seeded
+from ..resampling import SIR, log_ratio_at
+from ..stages import Negatives, prior_negatives
+from ..walk import Step, TopDownVAE, Trace, check_trace, from_posterior, from_prior, seeded
 
 # %% ../../nbs/engine/evaluate.ipynb #77fef826
 @dataclass(frozen=True)
@@ -111,30 +112,32 @@ def compare(ncp: NoiseContrastivePrior, images: Tensor, *, num_samples: int, log
 
 # %% ../../nbs/engine/evaluate.ipynb #f5bfcc4a
 def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
-                 negative: Callable[[Step], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """log r_k at posterior and at prior draws of each group, from one posterior walk: K pairs of [B], nats (Eq. 4).
+                 negatives: Callable[[Step, Tensor], Negatives] = prior_negatives) -> list[tuple[Tensor, Tensor]]:
+    """The logits of each group's classifier at draws of both kinds, from one posterior walk: K pairs of [B], nats (Eq. 4).
 
-    x: [B, *image]. negative(step) gives the draws of the other kind, at the posterior's z_<k. Both kinds go through a
-    ratio as one mixed batch, [2, B, *event]: by their own statistics its batch norm would tell them apart."""
+    x: [B, *image]. negatives(step, z_q) gives the draws of the other kind, at the posterior's z_<k, and what is added to
+    log r_k on each side: nothing in a first stage. Both kinds go through a ratio as one mixed batch, [2, B, *event]: by
+    their own statistics its batch norm would tell them apart."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):        # the contexts that sampling will meet
         trace = check_trace(vae, vae.walk(from_posterior(), evidence=vae.encode(x)), len(x))
     pairs = []
     for step, z_q, ratio in zip(trace.steps, trace.latents, ratios):
         with torch.no_grad():
-            mixed = torch.stack([z_q, negative(step)])
-        pairs.append(tuple(log_ratio_at(ratio.condition(step.context), mixed, step.prior)))
+            other = negatives(step, z_q)
+        log_q, log_p = log_ratio_at(ratio.condition(step.context), torch.stack([z_q, other.z]), step.prior)
+        pairs.append((log_q + other.offset_q, log_p + other.offset_p))
     return pairs
 
 # %% ../../nbs/engine/evaluate.ipynb #1352b5cb
 def group_reports(ncp: NoiseContrastivePrior, images: Tensor, seed: int, batch_size: int = 1000,
-                  negative: Callable[[Step], Tensor] = lambda step: draw(step.prior)) -> list[RatioReport]:
+                  negatives: Callable[[Step, Tensor], Negatives] = prior_negatives) -> list[RatioReport]:
     """What the logits of each group say on images that the ratios have not seen: K reports. images: [N, *image].
 
-    The sum of their `kl_bound` is at most KL(q || p), what a perfect ratio would win on average. negative: what the ratio was
-    trained against, where that is not the base prior."""
+    The sum of their `kl_bound` is, but for its errors, at most KL(q || p), what a perfect ratio would win of the bound
+    on average. negatives: what the ratios were trained against, where that is not the base prior."""
     generator, device = torch.Generator().manual_seed(seed), device_of(ncp.vae)
     with torch.no_grad(), seeded(generator):
-        parts = [group_logits(ncp.vae, ncp.ratios, x.to(device), negative) for x in images.split(batch_size)]
+        parts = [group_logits(ncp.vae, ncp.ratios, x.to(device), negatives) for x in images.split(batch_size)]
     return [diagnose(*(torch.cat(kind) for kind in zip(*group))) for group in zip(*parts)]
 
 # %% ../../nbs/engine/evaluate.ipynb #c38692fd

@@ -16,8 +16,10 @@ import seaborn as sns
 import torch
 from torch import Tensor
 
+from ..palette import AGGREGATE, BROKEN, DATA, NCP, PRIOR
+
 # %% ../../nbs/engine/plots.ipynb #11bc738b
-COLORS = {"data": "0.45", "base": "tab:blue", "NCP": "tab:orange"}
+COLORS = {"data": DATA, "base": PRIOR, "NCP": NCP}
 
 def use_style() -> None:
     "The look of all figures; call it once at the top of a notebook."
@@ -40,14 +42,14 @@ def montage(images: Tensor, columns: int) -> Tensor:
 def image_panels(panels: dict[str, Tensor], columns: int = 8, marked: dict[str, Tensor] = {}) -> plt.Figure:
     """Montages side by side, each under its title; grey images are drawn dark on white.
 
-    panels: [N, C, H, W] in [0, 1]. marked: [N] of Booleans for some of the titles; True gets a red frame (as Fig. 12)."""
+    panels: [N, C, H, W] in [0, 1]. marked: [N] of Booleans for some of the titles; True gets a frame (as Fig. 12)."""
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.5), squeeze=False)
     for ax, (title, images) in zip(axes[0], panels.items()):
         ax.imshow(montage(images, columns), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         height, width = (size + 1 for size in images.shape[-2:])
         for i in marked.get(title, torch.zeros(0)).flatten().nonzero().flatten().tolist():
             corner = (i % columns * width, i // columns * height)
-            ax.add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor="tab:red", lw=1.5))
+            ax.add_patch(plt.Rectangle(corner, width, height, fill=False, edgecolor=BROKEN, lw=1.5))
         ax.set_title(title)
         ax.axis("off")
     return fig
@@ -116,9 +118,11 @@ def ratio_histogram(log_r_q: Tensor, log_r_p: Tensor) -> plt.Figure:
     "Histograms of log r(z) at posterior draws and at prior draws: [N], [M], nats. Their overlap is what SIR lives on."
     fig, ax = plt.subplots(figsize=(4.5, 2.6))
     low, high = torch.cat([log_r_q, log_r_p]).quantile(torch.tensor([0.002, 0.998], device=log_r_q.device)).tolist()
-    for values, label, key in [(log_r_p, "z from the prior p(z)", "base"), (log_r_q, "z from the posterior q(z)", "NCP")]:
+    laws = [(log_r_p, "z from the prior p(z)", PRIOR),
+            (log_r_q, "z from the posterior q(z)", AGGREGATE)]
+    for values, label, color in laws:
         ax.hist(values.detach().cpu().clamp(low, high).numpy(), bins=50, range=(low, high), density=True, alpha=0.6,
-                color=COLORS[key], label=label)
+                color=color, label=label)
     ax.set(xlabel="log r(z) [nats]", ylabel="density")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return fig

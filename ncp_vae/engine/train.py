@@ -32,8 +32,9 @@ from ..models.ratios import MLPRatio
 from ..models.speed import speed_up
 from ..nce import RatioEstimator, StagedRatio, nce_loss
 from ..prior import NoiseContrastivePrior
-from ..sampling import Sampler
-from ..walk import Step, TopDownVAE, draw, from_posterior
+from ..resampling import Sampler
+from ..stages import Negatives, prior_negatives, stage_negatives
+from ..walk import Step, TopDownVAE, from_posterior
 
 # %% ../../nbs/engine/train.ipynb #355bf467
 def collate(rows) -> Tensor:
@@ -304,15 +305,13 @@ class NCELoss(nn.Module):
         self.ratios = ratios
         self.frozen = (vae, base, sampler)     # in a tuple: not parameters of this module
 
-    def negative(self, step: Step) -> Tensor:
+    def negatives(self, step: Step, z_q: Tensor) -> Negatives:
         "Draws of what the ratio is to be learned against: the base prior, or the stages before."
         vae, base, sampler = self.frozen
-        if base is None:
-            return draw(step.prior)
-        return sampler.for_group(step.index).draw(base.ratios[step.index].condition(step.context), step.prior)
+        return prior_negatives(step, z_q) if base is None else stage_negatives(base.ratios[step.index], sampler, step, z_q)
 
     def forward(self, x: Tensor, step: int) -> dict[str, Tensor]:
-        losses = [nce_loss(*pair) for pair in group_logits(self.frozen[0], self.ratios, x, self.negative)]
+        losses = [nce_loss(*pair) for pair in group_logits(self.frozen[0], self.ratios, x, self.negatives)]
         named = {f"loss_{k}": value.detach() for k, value in enumerate(losses)} if len(losses) > 1 else {}
         return dict(loss=sum(losses), **named)
 
@@ -328,10 +327,10 @@ def default_ratios(vae: TopDownVAE, seed: int) -> list[MLPRatio]:
         return [MLPRatio(z, c) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
 
 # %% ../../nbs/engine/train.ipynb #76e28529
-def held_out_row(ncp: NoiseContrastivePrior, images: Tensor, seed: int, batch_size: int, negative: Callable) -> dict[str, float]:
+def held_out_row(ncp: NoiseContrastivePrior, images: Tensor, seed: int, batch_size: int, negatives: Callable) -> dict[str, float]:
     "The numbers of each group's `RatioReport` on held-out images, as NAME_k; the ratios are in eval mode for it."
     training = ncp.training
-    reports = group_reports(ncp.eval(), images, seed, batch_size, negative)
+    reports = group_reports(ncp.eval(), images, seed, batch_size, negatives)
     ncp.train(training)
     return {f"{name}_{k}": round(value, 6) for k, report in enumerate(reports) for name, value in vars(report).items()}
 
@@ -344,7 +343,8 @@ def fit_ncp(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, ratios: Seq
 
     held_out: [N, *image] that are not in data; each group's ratio is diagnosed on them MONITORED times, for the history.
     ratios: one `RatioEstimator` a group; None: `MLPRatio`s of App. I's size. base: an NCP that is already trained, for a
-    further stage: the negatives are then `sampler`'s draws from it, and the result is the product of both.
+    further stage: the negatives are then `sampler`'s draws from it (see `stage_negatives`), and the result is the product
+    of both.
     The rest: see `fit`. Raises ValueError where the number of ratios is not the number of groups, or base or sampler is
     given without the other."""
     if (base is None) != (sampler is None):
@@ -354,7 +354,7 @@ def fit_ncp(vae: TopDownVAE, data: Tensor | Dataset | DataLoader, *, ratios: Seq
     ncp = NoiseContrastivePrior(vae, default_ratios(vae, seed) if ratios is None else ratios)
     speed_up(vae.to(Accelerator().device), recipe.channels_last, recipe.compile)
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
-    monitor = None if held_out is None else partial(held_out_row, ncp, held_out, seed, -(-batch_size // recipe.parts), loss.negative)
+    monitor = None if held_out is None else partial(held_out_row, ncp, held_out, seed, -(-batch_size // recipe.parts), loss.negatives)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
         name="ncp" if base is None else f"ncp-{1 + stages(base)}", about=dict(model=description(ncp)), recipe=recipe, monitor=monitor,
         history=history, checkpoint=checkpoint)
