@@ -5,7 +5,7 @@ with probability 6e-7 for each comparison (two-sided, Gaussian); the broken twin
 """
 import json
 from dataclasses import FrozenInstanceError, asdict
-from math import inf, log, nan
+from math import e, inf, log, nan
 
 import pytest
 import torch
@@ -142,6 +142,42 @@ def test_far_apart_the_check_goes_blind_and_its_error_says_so():
     assert report.kl_bound > 40                                                     # so this is no bound any more
 
 
+def test_log_mean_ratio_is_too_low_on_average():
+    """The log of a sample mean: its bias is about -Var(r)/2n, here -(e^2 - 1)/400 = -0.016; 5 standard errors of 4000 runs.
+
+    So the sample version of the Donsker-Varadhan bound is too high on average; the mean itself is unbiased (twin)."""
+    g = torch.Generator().manual_seed(0)
+    s_p = torch.randn(4000, 200, dtype=torch.float64, generator=g) * 2**0.5 - 1                        # kappa = 1
+    values = torch.tensor([log_mean_ratio(rows).value for rows in s_p])
+    error = values.std() / 4000**0.5
+    assert values.mean() < -FIVE * error and abs(values.mean() + (e**2 - 1) / 400) < FIVE * error
+    means = s_p.exp().mean(1)
+    assert abs(means.mean() - 1) < FIVE * means.std() / 4000**0.5
+
+
+def test_a_ratio_of_half_the_coordinates_passes_every_check():
+    "It is a true ratio of two other laws: only the lower loss of a better classifier shows what it lacks (the twin)."
+    g = torch.Generator().manual_seed(1)
+    z_q, z_p = torch.randn(2, 20_000, 2, dtype=torch.float64, generator=g) + torch.tensor([1.0, 0.0])[:, None, None]
+    blind, full = (diagnose(f(z_q), f(z_p)) for f in (lambda z: z[:, 0] - 0.5, lambda z: (z - 0.5).sum(1)))
+    for report, kl in ((blind, 0.5), (full, 1.0)):
+        assert abs(report.log_mean_ratio) < FIVE * report.log_mean_ratio_std_error
+        assert abs(report.log_mean_inverse) < FIVE * report.log_mean_inverse_std_error
+        assert abs(report.kl_bound - kl) < FIVE * report.kl_bound_std_error
+        assert report.calibration_error < 2 * report.calibration_noise
+    assert blind.loss - full.loss > FIVE * (blind.loss_std_error + full.loss_std_error)
+
+
+def test_a_mode_that_no_negative_reaches_is_not_announced_by_the_standard_error():
+    "q = 0.9 N(0, 1) + 0.1 N(12, 1): the true ratio, and yet log E_p[r] reads log 0.9 with next to no error."
+    g = torch.Generator().manual_seed(2)
+    s = lambda z: torch.logaddexp(torch.tensor(log(0.9)).double(), log(0.1) + 12 * z - 72)
+    z_p, z_q = torch.randn(2, 10_000, dtype=torch.float64, generator=g)
+    report = diagnose(s(z_q + 12 * (torch.rand(10_000, generator=g) < 0.1)), s(z_p))
+    assert report.log_mean_ratio == pytest.approx(log(0.9), abs=1e-6) and report.log_mean_ratio_std_error < 1e-6
+    assert abs(report.log_mean_inverse) < FIVE * report.log_mean_inverse_std_error    # draws of q reach both modes
+
+
 # ---- calibration ----------------------------------------------------------------------------------------------------
 
 def test_table_gives_back_the_log_ratio_exactly():
@@ -228,6 +264,16 @@ def test_report_is_plain_and_frozen():
     assert report.loss == pytest.approx(nce_loss(t_q, t_p).item(), rel=1e-6)
     with pytest.raises(FrozenInstanceError):
         report.loss = 0.0
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_may_lie_on_any_device_in_any_precision(device, dtype):
+    "The report is computed from the rounded logits in float64 on the CPU, wherever they lie and however they are laid out."
+    s_q, s_p = (rows.to(dtype) for rows in log_ratios(0.5, 600, seed=6))
+    there = [rows.to(device).view(20, 30).T for rows in (s_q, s_p)]                   # not contiguous
+    assert asdict(diagnose(*there)) == pytest.approx(asdict(diagnose(s_q.double(), s_p.double())), rel=1e-12)
+    assert nce_loss(*there).device.type == device and jsd_from_loss(nce_loss(*there)).dtype == dtype
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(0), torch.zeros(1), torch.tensor([0.0, nan]), torch.tensor([0.0, inf])])
