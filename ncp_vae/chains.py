@@ -222,7 +222,7 @@ class ISIR(Sampler):
         self.steps = whole("ISIR: the number of steps", steps)
         self.proposals = whole("ISIR: the number of proposals M", proposals)
         if self.proposals < 2:
-            raise ValueError(f"ISIR: M counts the present point and must be at least 2, got {proposals}")
+            raise ValueError(f"ISIR: M must be at least 2, a point and a rival, got {proposals}")
         self.step_size = None if step_size is None else positive("ISIR: step_size", step_size)
 
     def draw(self, log_ratio, prior, generator=None):

@@ -21,7 +21,7 @@ from .walk import TopDownVAE, from_posterior, from_prior, seeded
 PIECE, ELEMENTS = 1000, 2**22    # images encoded at a time; numbers held at a time
 
 def log_sum_of_densities(laws: list[Distribution], z: Tensor) -> Tensor:
-    "log sum_n q_n(z): [M], nats, over all rows of laws, each of batch [at most PIECE]. z: [M, *event]."
+    "log sum_n q_n(z) over all rows of laws, at most PIECE rows each: [M], nats. z: [M, *event]."
     rows = max(1, ELEMENTS // (max(law.batch_shape[0] for law in laws) * z.shape[1:].numel()))
     parts = []
     for piece in z.split(rows):                                              # never the whole table
@@ -86,7 +86,7 @@ class HoleMass(NamedTuple):
     std_error: float
 
 def hole_mass(scores: Tensor, threshold: float) -> HoleMass:
-    """h_t, the prior's mass of {z: s(z) < -t}. scores: [n], of prior draws; threshold: t, nats.
+    """h_tau, the prior's mass of {z: s(z) < -tau}. scores: [n], of prior draws; threshold: tau.
 
     The standard error is the binomial one at (hits + 1) / (n + 2): no hit is not certainty."""
     n, hits = len(scores), int((scores < -threshold).sum())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from .nce import RatioEstimator
-from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size, one_a_group, pareto_k_hat,
-                                proposals_of)
+from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size, one_a_group,
+                                pareto_k_hat, proposals_of)
 from .walk import Step, TopDownVAE, Trace, from_prior, replay, seeded
 
 # %% ../nbs/theory/08_prior.ipynb #acebb686
@@ -28,7 +28,7 @@ class Estimate:
     std_error: float    # delta method: sqrt(Var(w) / S) / mean(w)
     bias: float         # leading term, -std_error**2 / 2: too low on average
     ess: float          # effective sample size of the S weights
-    k_hat: float        # Pareto tail shape of the weights; from `k_hat_threshold(S)` on the rest means little
+    k_hat: float        # their Pareto tail shape; from `k_hat_threshold(S)` on do not trust the rest
     num_samples: int    # S
 
 # %% ../nbs/theory/08_prior.ipynb #32548442
@@ -53,7 +53,9 @@ def log_sir_weight(log_r: Tensor, log_rest: Tensor, proposals: int) -> Tensor:
 
     log_r: log r(z). log_rest: log R, R the sum of r over the M - 1 others of one pool.
     Shapes broadcast; nats; at most log M, and 0 for M = 1 (Lawson et al., 2019)."""
-    return log(proposals) + logsigmoid(log_r - log_rest) if proposals > 1 else torch.zeros_like(log_r)
+    if proposals == 1:
+        return torch.zeros_like(log_r)
+    return log(proposals) + logsigmoid(log_r - log_rest)
 
 # %% ../nbs/theory/08_prior.ipynb #097cbfe4
 PIECE = 1000    # walks at a time in log_weights: memory does not grow with the number of samples
@@ -62,15 +64,20 @@ def prior_walks(vae: TopDownVAE, n: int) -> Iterator[Trace]:
     "n walks of the base prior, at most PIECE at a time."
     return (vae.walk(from_prior(), n=min(PIECE, n - start)) for start in range(0, n, PIECE))
 
-def log_pool(ratio: RatioEstimator, step: Step, size: int, generator: torch.Generator | None = None) -> Tensor:
-    "log of the sum of r over `size` fresh draws of the step's prior: [B], nats; -inf where size is 0."
+def log_pool(ratio: RatioEstimator, step: Step, size: int,
+             generator: torch.Generator | None = None) -> Tensor:
+    """log of the sum of r over `size` fresh draws of the step's prior: [B], nats.
+
+    -inf where size is 0."""
     if size == 0:
         return torch.full(step.prior.batch_shape, -inf)
     pool = SIR(size).resample(ratio.condition(step.context), step.prior, generator)
     return pool.log_mean_ratio + log(size)
 
 def of_its_own(generator: torch.Generator | None) -> torch.Generator:
-    "A new generator, whose seed is drawn from `generator`: its numbers are not those that the same seed gives elsewhere."
+    """A new generator, its seed drawn from what `generator` (None: the global state) gives.
+
+    So its numbers are not those that the same seed gives elsewhere."""
     with seeded(generator):
         return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
 
@@ -78,8 +85,8 @@ def of_its_own(generator: torch.Generator | None) -> torch.Generator:
 def one_a_row(log_r: Tensor, z: Tensor, event: torch.Size) -> Tensor:
     "log_r as it is; ValueError where it is not one number for each row of z: [B, *event]."
     if log_r.shape != z.shape[:1] or z.shape[1:] != torch.Size(event):
-        raise ValueError(f"a ratio must give one number a row: latents of shape {tuple(z.shape)} gave "
-                         f"{tuple(log_r.shape)}, where a row has shape {tuple(event)}")
+        raise ValueError(f"a ratio must give one number a row: latents of shape {tuple(z.shape)} "
+                         f"gave {tuple(log_r.shape)}, where a row has shape {tuple(event)}")
     return log_r
 
 def contexts_of(vae: TopDownVAE, latents: list[Tensor] | Trace) -> list[Tensor | None]:
@@ -135,7 +142,7 @@ class ReweightedPrior(nn.Module):
 
 # %% ../nbs/theory/08_prior.ipynb #71beb943
 class Partition(Protocol):
-    "A way to estimate log Z: `SMC`, `AIS`, `Bridge`."
+    "A way to estimate log Z; `SMC`, `AIS` and `Bridge` of later chapters are such ways."
     def log_partition(self, ncp: ReweightedPrior, num_samples: int,
                       generator: torch.Generator | None = None) -> Estimate: ...
 
@@ -152,7 +159,7 @@ class NoiseContrastivePrior(ReweightedPrior):
                       method: Partition | None = None) -> Estimate:
         """Estimate log Z = log E_p(z)[r(z)]; keep it for `log_prob`.
 
-        method None: the mean of r over draws of the base prior, which is enough for few groups.
+        method None: the mean of r over draws of the base prior; look at its k_hat.
         ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are zero."""
         if num_samples < 2:
             raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")

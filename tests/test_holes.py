@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ncp_vae import holes
@@ -105,19 +106,19 @@ def test_scored_prior_draws_are_sorted_and_scored():
 
 def test_hole_mass_counts_and_knows_that_zero_hits_is_not_certainty():
     scores = torch.tensor([-5.0, -2.0, -1.0, 0.0])
-    assert hole_mass(scores, 2.0).value == 0.25           # strictly below -t
+    assert hole_mass(scores, 2.0).value == 0.25           # strictly below -tau
     assert hole_mass(scores, 10.0).value == 0 and hole_mass(scores, 10.0).std_error > 0.1
 
 
 @pytest.mark.parametrize("shift", [-2.0, 0.3, 1.0])
 def test_hole_mass_of_a_shifted_normal(shift):
-    "s(z) = shift z - shift^2 / 2, so h_t is a Normal probability. 9 numbers, 5 standard errors each."
+    "s(z) = shift z - shift^2 / 2, so h_tau is a Normal probability. 9 numbers, 5 standard errors each."
     vae = Flat(1)
     vae.posterior = lambda x: diagonal_normal(x, torch.ones_like(x))
     _, scores = scored_prior_draws(AggregatePosterior(vae, torch.full((1, 1), shift)), 10_000, seed(0))
-    for t in (0.0, 0.5, 2.0):
-        mass = hole_mass(scores, t)
-        truth = Normal(0.0, 1.0).cdf(torch.tensor((shift**2 / 2 - t) / abs(shift))).item()
+    for tau in (0.0, 0.5, 2.0):
+        mass = hole_mass(scores, tau)
+        truth = Normal(0.0, 1.0).cdf(torch.tensor((shift**2 / 2 - tau) / abs(shift))).item()
         assert abs(mass.value - truth) < 5 * mass.std_error
 
 
@@ -222,3 +223,38 @@ def test_an_exact_encoder_of_the_models_own_data_leaves_no_hole():
     assert hole_mass(scored_prior_draws(q, 4000, seed(2))[1], 2.0).value < 0.005
     moved = AggregatePosterior(vae, x + 0.5 / 0.8)
     assert moved.score(moved.sample(4000, seed(1))).mean() > 0.2
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+def every_measure(device):
+    "Each function of the module, on data of one device; lazily, by name."
+    q = AggregatePosterior(Flat(2).to(device), torch.randn(17, 2, device=device))
+    x, y = torch.randn(12, 2, device=device), torch.randn(14, 2, device=device)
+    return {"log_prob": lambda: q.log_prob(x), "score": lambda: q.score(x), "sample": lambda: q.sample(9),
+            "scored_prior_draws": lambda: scored_prior_draws(q, 9)[1], "rbf": lambda: rbf(x, y, [1.0]),
+            "hole_mass": lambda: hole_mass(x[:, 0], 1.0), "mmd2": lambda: mmd2(x, y, [1.0]),
+            "mmd_p_value": lambda: mmd_p_value(x, y, 9, [1.0]), "c2st": lambda: c2st(x, y)}
+
+
+def test_nothing_is_made_beside_the_data_on_another_device(monkeypatch):
+    """Without a GPU: fake tensors know their device and compute nothing, and torch refuses to mix two devices. Where the
+    result is a number, the last step needs a value and ends in an exception of its own. (`sample` needs
+    values early, and a fake network cannot be moved: these two are left to a GPU.)"""
+    monkeypatch.setattr(holes, "two_samples", lambda x, y: (x.double(), y.double()))     # it looks at values
+    with FakeTensorMode():
+        measures = every_measure("cuda")
+        for name in ("log_prob", "score", "scored_prior_draws", "rbf"):
+            assert measures[name]().device.type == "cuda"
+        for name in ("hole_mass", "mmd2", "mmd_p_value"):
+            with pytest.raises(DataDependentOutputException):
+                measures[name]()
+        with pytest.raises(RuntimeError, match="same device"):     # the instrument does see a mixture
+            torch.randn(3, device="cuda") + torch.randn(3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_measure_runs_on_a_gpu():
+    for name, measure in every_measure("cuda").items():
+        value = measure()
+        assert not isinstance(value, torch.Tensor) or value.device.type == "cuda", name
