@@ -46,8 +46,7 @@ readme: $(READY)
 
 notebook: export
 	@test -f '$(NB)' || { echo 'Say which: make notebook NB=nbs/theory/01_walk.ipynb'; exit 2; }
-	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
-	    --ExecutePreprocessor.coalesce_streams=True $(NB)
+	$(BIN)/python docs/execute.py $(NB)
 	$(NBDEV)/nbdev_clean --fname $(NB)
 
 clean:

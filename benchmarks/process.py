@@ -1,6 +1,6 @@
 """What a process takes: seconds to import and to start, resident memory of a call and of a stored image set.
 
-    python benchmarks/process.py             # about two minutes; writes benchmarks/results/process.json
+    python benchmarks/process.py             # some minutes; writes benchmarks/results/process.json
     python benchmarks/process.py --quick --out /some/file.json
 """
 import json

@@ -210,7 +210,7 @@ def compete(log_ratio, prior: Distribution, z: Tensor, rivals: int) -> Tensor:
 
 # %% ../nbs/theory/06_chains.ipynb #1bae3555
 class ISIR(Sampler):
-    """Iterated SIR (Andrieu, Doucet and Holenstein, 2010): leaves r p / Z as it is, for any M.
+    """Iterated SIR (Andrieu, Doucet and Holenstein, 2010): leaves r p / Z as it is for any M > 1.
 
     A step races the present point against M - 1 fresh draws of the prior, odds r(z). step_size:
     after each race one MALA step of this size, a local move beside the global one; None: no

@@ -43,7 +43,7 @@ def descend(vae: TopDownVAE, choose: Callable[[Step], Tensor | None], n: int | N
 # %% ../nbs/theory/09_hierarchy.ipynb #058fb382
 def law_gap(ncp: Reweighted, num_samples: int, proposals: int | Sequence[int],
             generator: torch.Generator | None = None) -> Measured:
-    """KL(group-wise || joint) = log Z - E_group-wise[sum_k log Z_k(z_<k)] >= 0, nats, and its error.
+    """KL(group-wise || joint) = log Z - E_group-wise[sum_k log Z_k(z_<k)], nats, and its error.
 
     From walks of SIR(proposals), whose pools estimate each Z_k; log Z is the log of the mean of
     prod_k Z_k over the same walks. Two errors of order 1/M: a pool's log Z_k is too low by half
@@ -89,8 +89,8 @@ class Population:
 def run_population(sampler: "SMC", ncp: Reweighted, n: int, temperature: float,
                    generator: torch.Generator | None) -> Population:
     "n particles down the walk, with the settings of `sampler`."
-    budgets, log_w, log_z = one_a_group("SMC", sampler.proposals, len(ncp.ratios)), 0.0, 0.0
-    last, latents, lines, ess = len(budgets) - 1, [], [], []
+    budgets = one_a_group("SMC", sampler.proposals, len(ncp.ratios))
+    last, latents, lines, ess, log_w, log_z, trace = len(budgets) - 1, [], [], [], 0.0, 0.0, None
     def choose(step):
         nonlocal latents, lines, log_w, log_z
         if step.index < len(latents):
@@ -107,7 +107,6 @@ def run_population(sampler: "SMC", ncp: Reweighted, n: int, temperature: float,
         log_z += log_w.logsumexp(0).item() - log(n)
         chosen, log_w = systematic(log_w), 0.0
         latents, lines = ([each[chosen] for each in groups] for groups in (latents, lines))
-    trace = None
     with torch.no_grad(), seeded(generator):
         while trace is None:                       # after a resampling: again, from the top
             trace = descend(ncp.vae, choose, n)

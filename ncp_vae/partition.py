@@ -22,7 +22,7 @@ from .prior import PIECE, Estimate, ReweightedPrior, estimate_log_mean, of_its_o
 from .resampling import check_log_weights, effective_sample_size, pareto_k_hat, whole
 from .walk import Trace, from_posterior, seeded
 
-# %% ../nbs/theory/10_log_z.ipynb #24b56556
+# %% ../nbs/theory/10_log_z.ipynb #b0750d1a
 def at_power(state: State, base: Distribution, power: float) -> State:
     """The state under N(eps; 0, I) r^(power beta), from that under N(eps; 0, I) r^beta, without an evaluation.
 
@@ -67,7 +67,7 @@ class AIS:
         "From num_samples chains."
         return estimate_log_mean(self.log_weights(ncp, num_samples, generator))
 
-# %% ../nbs/theory/10_log_z.ipynb #3c35dce6
+# %% ../nbs/theory/10_log_z.ipynb #0ad90839
 def anneal(method: AIS, walk: NoiseWalk, eps: Tensor) -> Tensor:
     "sum_t (beta_t - beta_(t-1)) log r(eps_(t-1)) of chains that start at eps: [n, D] -> [n], nats."
     def at(beta, eps):
@@ -142,7 +142,7 @@ def bridge(log_r_p: Tensor, log_r_q: Tensor) -> Estimate:
     k_hat = max(map(pareto_k_hat, (over, under)), key=lambda k: (k == k, k))                # NaN counts least
     return Estimate(value, sqrt(max(0.0, variance)), 0.0, ess, k_hat, n + m)
 
-# %% ../nbs/theory/10_log_z.ipynb #b25a9a29
+# %% ../nbs/theory/10_log_z.ipynb #0186873a
 class Bridge:
     """`bridge` between draws of the base prior and posterior walks of images: [N, *image], on the VAE's device.
 

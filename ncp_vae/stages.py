@@ -13,43 +13,51 @@ import torch
 from torch import Tensor
 
 from .nce import RatioEstimator
-from .resampling import SIR, Sampler, log_ratio_at, merge
+from .resampling import SIR, Sampler, check_log_weights, log_ratio_at, merge
 from .walk import Step, draw
 
 # %% ../nbs/theory/07_stages.ipynb #2868e02c
 class Negatives(NamedTuple):
-    "What a classifier is shown beside the posterior draws of one group, and what its logits are told."
+    "What a classifier is shown beside a group's posterior draws, and what its logits are told."
     z: Tensor             # [B, *event], draws of the base at the posterior's z_<k
-    offset_q: Tensor      # [B] or [], nats: added inside the loss to the logits of the posterior draws
-    offset_p: Tensor      # [B] or [], nats: added inside the loss to the logits of z
+    offset_q: Tensor      # [B] or [], nats: added in the loss to the logits of the posterior draws
+    offset_p: Tensor      # [B] or [], nats: added in the loss to the logits of z
 
 def prior_negatives(step: Step, z_q: Tensor) -> Negatives:
-    "The first stage: draws of the prior itself, and nothing to be told (Eq. 4)."
-    nothing = z_q.new_zeros(())
+    "The first stage: draws of the prior itself, and nothing to be told (Eq. 4). z_q: [B, *event]."
+    nothing = torch.zeros((), device=z_q.device)
     return Negatives(draw(step.prior), nothing, nothing)
 
 # %% ../nbs/theory/07_stages.ipynb #ae54da4f
 POOL = 1000    # draws that estimate log Z(z_<k) beside a chain
 
-def raced(log_ratio: Callable[[Tensor], Tensor], step: Step, z_q: Tensor, proposals: int) -> Negatives:
-    "SIR's picks among M, and log Z-hat of each row's pool: with the pick in it, and with z_q in its place."
-    pool = SIR(proposals - 1).stream(log_ratio, step.prior)
-    end = merge(pool, SIR(1).stream(log_ratio, step.prior))
-    if torch.isneginf(end.log_sum).any():
-        raise ValueError(f"a later stage: all {proposals} proposals of a row have weight zero under the stages before")
-    log_sum = torch.logaddexp(pool.log_sum, log_ratio_at(log_ratio, z_q, step.prior))
-    return Negatives(end.z, log_sum - log(proposals), end.log_sum - log(proposals))
+def raced(log_ratio: Callable[[Tensor], Tensor], sampler: SIR, step: Step,
+          z_q: Tensor) -> Negatives:
+    "SIR's picks, and log R/M of each row's pool: with the pick in it, and with z_q in its place."
+    M, end = sampler.proposals, SIR(1).stream(log_ratio, step.prior)
+    log_sum_q = check_log_weights(log_ratio_at(log_ratio, z_q, step.prior))
+    if M > 1:
+        companions = SIR(M - 1, sampler.chunk).stream(log_ratio, step.prior)
+        end, log_sum_q = merge(companions, end), torch.logaddexp(companions.log_sum, log_sum_q)
+    if torch.isneginf(end.log_sum).any() or torch.isneginf(log_sum_q).any():
+        raise ValueError(f"a later stage: all {M} ratios of a row are zero under the stages before")
+    return Negatives(end.z, log_sum_q - log(M), end.log_sum - log(M))
 
 def stage_negatives(ratio: RatioEstimator, sampler: Sampler, step: Step, z_q: Tensor) -> Negatives:
-    """A later stage: draws of r p by `sampler`, and log Z(z_<k) of r, for the loss. z_q: [B, *event].
+    """A later stage: draws of r p by `sampler`, and log Z(z_<k) of r for the loss.
 
-    SIR(M), M >= 2: exact for every M, see `raced`. Any other sampler: its draws, and one log Z-hat
-    from POOL draws of the prior; no offset where there is no context, since Z is then one constant."""
-    log_ratio, sampler = ratio.condition(step.context), sampler.for_group(step.index)
-    with torch.no_grad():
-        if isinstance(sampler, SIR) and sampler.proposals > 1:
-            return raced(log_ratio, step, z_q, sampler.proposals)
-        z = sampler.draw(log_ratio, step.prior)
-        offset = (z_q.new_zeros(()) if step.context is None
-                  else SIR(POOL).resample(log_ratio, step.prior).log_mean_ratio)
+    z_q: [B, *event], the posterior draws. ratio: the product of the stages before. SIR(M): the
+    optimum is log q / (r p) for every M, see `raced`. Any other sampler, subclasses of SIR among
+    them: its draws, and one log Z-hat from POOL draws of the prior for both sides; no offset where
+    there is no context, since Z is then one constant. Nothing has gradients; ratios are evaluated
+    outside autocast.
+    Raises ValueError where a row's ratios are all zero, NaN or +inf."""
+    sampler = sampler.for_group(step.index)
+    with torch.no_grad(), torch.autocast(z_q.device.type, enabled=False):
+        log_ratio = ratio.condition(step.context)
+        if type(sampler) is SIR:
+            return raced(log_ratio, sampler, step, z_q)
+        z, offset = sampler.draw(log_ratio, step.prior), torch.zeros((), device=z_q.device)
+        if step.context is not None:
+            offset = SIR(POOL).resample(log_ratio, step.prior).log_mean_ratio
         return Negatives(z, offset, offset)

@@ -2,7 +2,7 @@
 
 Exact tests come first. The statistical ones use fixed seeds, so they fail only when the code changes; on a fresh seed
 a check at 5 standard errors fails by chance once in 1.7 million times and a p-value below 1e-6 once in a million, and
-there are fewer than 60 of both kinds here: a family-wise false-alarm rate below 1e-4. Each has a broken twin, a sampler
+there are fewer than 100 of both kinds here: a family-wise false-alarm rate of about 1e-4. Each has a broken twin, a sampler
 or a law with one deliberate mistake, which the same check must reject. The step that HMC tunes has a test of its own
 kind, with a tolerance that was asked for and not derived; it says so."""
 from functools import partial

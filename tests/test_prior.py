@@ -1,10 +1,10 @@
 """ncp_vae.prior: exact tests first, then statistical ones.
 
 Statistical tests use fixed seeds and a tolerance of 5 standard errors: a correct program fails
-such a comparison with a probability of 6e-7 over the choice of the seed, the dozen of them here
-together with less than 1e-5. Each has a broken twin, a plausible mistake that it must reject."""
+such a comparison with a probability of 6e-7 over the choice of the seed, the two dozen of them here
+together with about 1e-5. Each has a broken twin, a plausible mistake that it must reject."""
 from itertools import product
-from math import inf, isnan, log, nan, sqrt
+from math import comb, inf, isnan, log, nan, sqrt
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from torch.distributions import Bernoulli, Categorical, Normal
 
 from ncp_vae.bound import iwae
 from ncp_vae.nce import RatioEstimator
-from ncp_vae.prior import NoiseContrastivePrior, estimate_log_mean, log_pool, log_sir_weight
+from ncp_vae.prior import (NoiseContrastivePrior, estimate_log_mean, log_pool, log_sir_weight,
+                           of_its_own)
 from ncp_vae.sampling import SIR
-from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, from_prior
+from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, from_prior, seeded
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)     # a discrete base prior and ratio, Z = 1
 R = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
@@ -220,6 +221,24 @@ def test_log_partition_refuses_and_keeps_what_it_had():
     assert ncp.log_z_std_error.item() == pytest.approx(kept.std_error, rel=1e-6)
 
 
+def test_log_partition_takes_another_method_and_keeps_its_estimate():
+    class Fixed:
+        asked = []
+
+        def log_partition(self, ncp, num_samples, generator=None):
+            self.asked.append((ncp, num_samples, generator))
+            return estimate_log_mean(torch.tensor([0.2, 0.4]))
+
+    ncp, generator = gaussian(), seed(3)
+    kept = ncp.log_partition(100, generator, Fixed())
+    assert Fixed.asked == [(ncp, 100, generator)]
+    assert ncp.log_z.item() == pytest.approx(kept.value) != pytest.approx(0.7, abs=0.1)
+    assert ncp.log_z_std_error.item() == pytest.approx(kept.std_error) and ncp.vae.decoded == 0
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        ncp.log_partition(1, method=Fixed())
+    assert len(Fixed.asked) == 1
+
+
 def test_log_z_travels_with_the_state_dict():
     ncp, other = gaussian(), gaussian()
     ncp.log_partition(100, seed(4))
@@ -235,6 +254,24 @@ def test_a_generator_decides_everything_and_leaves_the_global_state_alone():
     z = [torch.ones(2, 3)]
     assert torch.equal(ncp.sir_log_ratio(9, seed(5))(z), ncp.sir_log_ratio(9, seed(5))(z))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_generator_of_its_own_has_other_numbers_than_its_parents_seed():
+    def numbers(generator):
+        with seeded(generator):
+            return torch.randn(100)
+
+    before = torch.get_rng_state()
+    own, parent = torch.randn(100, generator=of_its_own(seed(5))), torch.randn(100, generator=seed(5))
+    through = numbers(of_its_own(seed(5))), numbers(seed(5))
+    streams = torch.stack([own, parent, *through])
+    assert len(streams.unique()) == 400                              # no number in two of them
+    assert torch.equal(own, torch.randn(100, generator=of_its_own(seed(5))))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    first = of_its_own(None)
+    torch.manual_seed(6)
+    assert of_its_own(None).initial_seed() == first.initial_seed() != of_its_own(None).initial_seed()
 
 
 def test_log_weights_have_the_asked_number():
@@ -308,10 +345,103 @@ def test_a_pool_has_one_draw_less_than_sir_has_proposals():
     assert sum(seen) == 99
 
 
-@pytest.mark.parametrize("M", [1, 0, -3])
-def test_sir_log_ratio_refuses(M):
-    with pytest.raises(ValueError, match=f"at least 2, got {M}"):
-        gaussian().sir_log_ratio(M)
+def test_one_proposal_is_the_base_prior():
+    ncp, z = gaussian(), torch.randn(50, 3, generator=seed(8))
+    assert torch.equal(ncp.sir_log_ratio(1)([z]), torch.zeros(50))
+    x = torch.randn(20, 3, generator=seed(9))
+    assert torch.equal(iwae(ncp.vae, x, 3, ncp.sir_log_ratio(1), seed(10)),
+                       iwae(ncp.vae, x, 3, None, seed(10)))
+    step = ncp.vae.walk(from_prior(), n=4).steps[0]
+    assert torch.equal(log_pool(ncp.ratios[0], step, 0), torch.full((4,), -inf))
+
+
+@pytest.mark.parametrize("M, what", [
+    (0, "at least 1, got 0"), (-3, "at least 1, got -3"), (2.5, "at least 1, got 2.5"),
+    ([4, 4], "2 budgets for 1 latent groups"), ([], "0 budgets for 1 latent groups"),
+    ([0], "at least 1, got 0")])
+def test_sir_log_ratio_refuses(M, what):
+    ncp = gaussian()
+    with pytest.raises(ValueError, match=what):
+        ncp.sir_log_ratio(M)
+    assert ncp.vae.decoded == 0                   # refused before any work
+
+
+# ------------------------------------------------ a budget for each group, exactly
+
+R1, R2 = (0.5, 2.0), ((1.0, 3.0), (4.0, 0.5))     # of two fair coins; rows of R2: the first coin
+
+
+def picked(r, M):
+    "P(SIR with M proposals keeps v) for a fair coin, by its definition: [2]."
+    ones = torch.arange(M + 1).double()
+    chance = torch.tensor([comb(M, i) / 2**M for i in range(M + 1)]).double()
+    share = ones * r[1] / (ones * r[1] + (M - ones) * r[0])
+    return torch.stack([(chance * (1 - share)).sum(), (chance * share).sum()])
+
+
+def coin_bound(r, M):
+    "log 1/2 + E log r(v) / ((r(v) + R) / M), R of M - 1 fair coins, written out: [2]."
+    ones = torch.arange(M).double()
+    chance = torch.tensor([comb(M - 1, i) / 2 ** (M - 1) for i in range(M)]).double()
+    rest = ones * r[1] + (M - 1 - ones) * r[0]
+    return torch.stack([log(0.5) + (chance * (M * v / (v + rest)).log()).sum() for v in r])
+
+
+def of_plan(group, plan, joined):
+    "A number of each of the four states of STATES, from those of the groups."
+    first, below = group(R1, plan[0]), [group(r, plan[1]) for r in R2]
+    return torch.stack([joined(first[i], below[i][j]) for i in range(2) for j in range(2)])
+
+
+def law_of_plan(plan):
+    return of_plan(picked, plan, lambda a, b: a * b)
+
+
+def bound_of_plan(plan):
+    return of_plan(coin_bound, plan, lambda a, b: a + b)
+
+
+@pytest.mark.parametrize("plan", [[1, 3], [2, 4], [3, 2]])
+def test_the_bound_of_a_plan_is_below_its_law_and_tight_in_the_end(plan):
+    slack = []
+    for factor in (1, 4, 16, 64):
+        larger = [M * factor for M in plan]
+        law, bound = law_of_plan(larger), bound_of_plan(larger)
+        assert law.sum().item() == pytest.approx(1, abs=1e-12)
+        assert (bound < law.log()).all()
+        slack.append((law.log() - bound).max().item())
+    assert slack[1] < slack[0] and slack[3] < 0.3 * slack[2] and slack[3] < 0.02    # as 1 / M
+
+
+@pytest.mark.parametrize("plan", [[1, 3], [2, 4]])
+def test_sir_log_ratio_of_a_plan_has_the_enumerated_mean(plan):
+    ncp, copies, g = coins(R1, R2), [z.repeat(50) for z in STATES], seed(21)
+    calls = [ncp.sir_log_ratio(plan, g)(copies).view(50, 4).mean(0) for _ in range(400)]
+    runs = torch.stack(calls).double() + 2 * log(0.5)
+    for state in range(4):
+        assert abs(z_score(runs[:, state], bound_of_plan(plan)[state])) < 5
+    scores = [z_score(runs[:, state], bound_of_plan(plan[::-1])[state]) for state in range(4)]
+    assert max(map(abs, scores)) > 20             # the twin: the plan read from the other end
+
+
+@pytest.mark.parametrize("plan", [[1, 3], [2, 4]])
+def test_sir_of_a_plan_has_the_law_that_is_bounded(plan):
+    trace = coins(R1, R2).sample(20_000, SIR(plan), generator=seed(22))
+    counts = torch.bincount(2 * trace.latents[0] + trace.latents[1], minlength=4)
+
+    def chi_square(law):
+        return ((counts - 20_000 * law).square() / (20_000 * law)).sum().item()
+    assert chi_square(law_of_plan(plan)) < 33     # 3 degrees of freedom: 3e-7
+    assert chi_square(law_of_plan(plan[::-1])) > 200
+
+
+def test_a_plan_of_equal_numbers_is_one_number():
+    ncp = coins(R1, R2)
+    assert torch.equal(ncp.sir_log_ratio(5, seed(23))(STATES), ncp.sir_log_ratio([5, 5], seed(23))(STATES))
+    assert ncp.sir_log_ratio([1, 1])(STATES).abs().max() == 0
+    for wrong in ([5], [5, 5, 5]):
+        with pytest.raises(ValueError, match=f"{len(wrong)} budgets for 2 latent groups"):
+            ncp.sir_log_ratio(wrong)
 
 
 def test_a_diverged_ratio_is_refused_by_the_pool():
@@ -360,6 +490,43 @@ def test_bound_of_two_groups_is_about_the_group_wise_target():
     density = (2 * log(0.5) + coins().sir_log_ratio(4096, seed(12))(STATES)).exp()
     assert (density / GROUP_WISE - 1).abs().max() < 0.027
     assert (density / JOINT - 1).abs().max() > 0.3    # the twin: the other target
+
+
+class Noisy(FlatVAE):
+    "x = z + 2 noise; one posterior for every image."
+    def likelihood(self, z):
+        return diagonal_normal(z, torch.full_like(z, 2.0))
+
+    def posterior(self, x):
+        return diagonal_normal(torch.full_like(x, 0.5), torch.full_like(x, 0.9))
+
+
+class Slope(RatioEstimator):
+    def condition(self, context):
+        return lambda z: 3 * z.sum(-1)
+
+
+def test_one_seed_for_everything_is_still_a_bound():
+    # log r = 3 z, two proposals: log p_2(x) by quadrature from p_2(z) = 2 p(z) E r / (r + r')
+    ncp, x, S = NoiseContrastivePrior(Noisy(1), [Slope()]), torch.tensor([[1.4]]), 2
+    z = torch.arange(-10, 10, 0.02, dtype=torch.float64)
+    p = Normal(0.0, 1.0).log_prob(z).exp() * 0.02
+    p_2 = 2 * p * ((3 * (z[:, None] - z)).sigmoid() @ p)
+    exact = (p_2 * Normal(z, 2.0).log_prob(x[0].double()).exp()).sum().log().item()
+
+    def one_stream(value):     # the twin: a pool from the seed that iwae gets, after a walk
+        with seeded(seed(value)):
+            log_rest = Slope()(ncp.vae.walk(from_prior(), n=1).steps[0].prior.sample((1,)))[0]
+        return lambda latents: log_sir_weight(ncp.log_ratio(latents), log_rest, 2)
+
+    runs = {name: torch.cat([iwae(ncp.vae, x, S, bound(value), seed(value)) for value in range(600)])
+            for name, bound in [("library", lambda v: ncp.sir_log_ratio(2, seed(v))), ("twin", one_stream)]}
+    assert p_2.sum().item() == pytest.approx(1, abs=1e-9)
+    assert z_score(runs["library"].double(), exact) < -5 and z_score(runs["twin"].double(), exact) > 5
+    other = torch.cat([iwae(ncp.vae, x, S, ncp.sir_log_ratio(2, seed(v + 1000)), seed(v))
+                       for v in range(600)]).double()                    # two seeds: the same mean
+    error = sqrt((other.var() + runs["library"].double().var()).item() / 600)
+    assert abs(runs["library"].double().mean() - other.mean()).item() < 5 * error < 0.4
 
 
 def test_iwae_with_sir_log_ratio_is_the_bound_and_below_the_density_of_sir():
