@@ -86,7 +86,7 @@ class HoleMass(NamedTuple):
     std_error: float
 
 def hole_mass(scores: Tensor, threshold: float) -> HoleMass:
-    """h_tau, the prior's mass of {z: s(z) < -tau}. scores: [n], of prior draws; threshold: tau.
+    """h_tau, the prior mass of {z: s(z) < -tau}. scores: [n] of prior draws, threshold: tau; nats.
 
     The standard error is the binomial one at (hits + 1) / (n + 2): no hit is not certainty."""
     n, hits = len(scores), int((scores < -threshold).sum())

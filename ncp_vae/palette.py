@@ -12,4 +12,4 @@ NCP = "#009E73"               # green: the noise contrastive prior and its sampl
 DATA = "#4D4D4D"              # dark grey: images, and whatever is exact
 RECONSTRUCTION = "#CC79A7"    # pink: decoded posterior draws
 BROKEN = "#D55E00"            # vermilion: what is wrong on purpose
-OTHERS = ("#56B4E9", "#8C564B", "#7F7F7F", "#332288", "#999933")    # methods without a role
+OTHERS = ("#56B4E9", "#8C564B", "#882255", "#332288", "#999933")    # methods without a role

@@ -22,23 +22,23 @@ from .prior import PIECE, Estimate, ReweightedPrior, estimate_log_mean, of_its_o
 from .resampling import check_log_weights, effective_sample_size, pareto_k_hat, whole
 from .walk import Trace, from_posterior, seeded
 
-# %% ../nbs/theory/10_log_z.ipynb #b0750d1a
+# %% ../nbs/theory/10_log_z.ipynb #6c7a9a3b
 def at_power(state: State, base: Distribution, power: float) -> State:
-    """The state under N(eps; 0, I) r^(power beta), from that under N(eps; 0, I) r^beta, without an evaluation.
+    """The state under N(eps; 0, I) r^(power beta), from that under N(eps; 0, I) r^beta.
 
-    base: N(0, I), batch [n], event [D]."""
+    base: N(0, I), batch [n], event [D]. Nothing is evaluated."""
     log_p = base.log_prob(state.z)
     log_target = log_p + power * (state.log_target - log_p)
     return State(state.z, log_target, power * (state.gradient + state.z) - state.z)
 
 # %% ../nbs/theory/10_log_z.ipynb #bafc1c26
 class AIS:
-    """Annealed importance sampling (Neal, 2001), on the noise of all groups, along N(eps; 0, I) r^beta.
+    """Annealed importance sampling (Neal, 2001) on the noise of all groups: N(eps; 0, I) r^beta.
 
-    beta goes from 0 to 1 in `steps` equal steps, with one MALA move of step_size between two of them:
-    `steps` evaluations of each classifier with gradient, a sample. Z-hat is unbiased, so log Z is too
-    low on average. Raises TypeError where a prior is not Normal, ValueError where steps < 1 or
-    step_size is not positive."""
+    beta goes from 0 to 1 in `steps` equal steps, with one MALA move of step_size between two of
+    them: `steps` evaluations of each classifier with gradient, a sample. Z-hat is unbiased, so
+    log Z is too low on average. Raises TypeError where a prior is not Normal, ValueError where
+    steps < 1 or step_size is not positive."""
 
     def __init__(self, steps: int, step_size: float):
         self.steps = whole(f"{type(self).__name__}: the number of steps", steps)
@@ -49,7 +49,7 @@ class AIS:
         return [t / self.steps for t in range(self.steps + 1)]
 
     def starts(self, ncp: ReweightedPrior, n: int) -> Iterator[tuple[NoiseWalk, Tensor]]:
-        "Walks, and the noise that their chains start from: [rows, D], n rows in all, PIECE at most in one."
+        "Walks, and the noise that their chains start from, [rows, D]: n rows, PIECE at a time."
         for first in range(0, n, PIECE):
             walk = NoiseWalk(ncp, min(PIECE, n - first))
             yield walk, walk.base.sample()
@@ -58,7 +58,7 @@ class AIS:
         "One transition that leaves the target as it is."
         return metropolis(target, state, sqrt(self.step_size), 1)[0]
 
-    def log_weights(self, ncp: ReweightedPrior, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def log_weights(self, ncp: ReweightedPrior, n: int, generator=None) -> Tensor:
         "The log weight of n chains: [n], nats, float64."
         with torch.no_grad(), seeded(generator):
             return torch.cat([anneal(self, walk, eps) for walk, eps in self.starts(ncp, n)])
@@ -67,7 +67,7 @@ class AIS:
         "From num_samples chains."
         return estimate_log_mean(self.log_weights(ncp, num_samples, generator))
 
-# %% ../nbs/theory/10_log_z.ipynb #0ad90839
+# %% ../nbs/theory/10_log_z.ipynb #9f66aeff
 def anneal(method: AIS, walk: NoiseWalk, eps: Tensor) -> Tensor:
     "sum_t (beta_t - beta_(t-1)) log r(eps_(t-1)) of chains that start at eps: [n, D] -> [n], nats."
     def at(beta, eps):
@@ -83,22 +83,23 @@ def anneal(method: AIS, walk: NoiseWalk, eps: Tensor) -> Tensor:
 
 # %% ../nbs/theory/10_log_z.ipynb #1d2394bc
 def posterior_walks(ncp: ReweightedPrior, images: Tensor, n: int) -> Iterator[Trace]:
-    """n posterior walks of images [N, *image], at most PIECE at a time. The images take turns, in a random order.
+    """n posterior walks of images [N, *image], which take turns in a random order; PIECE at a time.
 
     ValueError where there is no image."""
     if len(images) < 1:
         raise ValueError("posterior_walks: at least one image is needed, got none")
     order = torch.randperm(len(images))
     for index in order[torch.arange(n).remainder(len(images))].split(PIECE):
-        yield ncp.vae.walk(from_posterior(), evidence=ncp.vae.encode(images[index.to(images.device)]))
+        shown = images[index.to(images.device)]
+        yield ncp.vae.walk(from_posterior(), evidence=ncp.vae.encode(shown))
 
 # %% ../nbs/theory/10_log_z.ipynb #035cc625
 class ReverseAIS(AIS):
-    """AIS backwards, from draws of p_NCP to the base prior: 1 / Z-hat is unbiased, so log Z is too high on average.
+    """AIS backwards, from draws of p_NCP to the base prior: log Z is too high on average.
 
-    images: [N, *image], on the VAE's device. Their posterior walks stand for draws of p_NCP, which they
-    are as far as r = q/p on these images: use the training set's. ESS and k-hat of the estimate are
-    those of the weights 1 / Z-hat, its bias is positive. The rest: see `AIS`."""
+    images: [N, *image], on the VAE's device. Their posterior walks stand for draws of p_NCP, which
+    they are as far as r = q/p on these images: use the training set's. ESS and k-hat of the
+    estimate are those of the weights 1 / Z-hat, its bias is positive. The rest: see `AIS`."""
 
     def __init__(self, images: Tensor, steps: int, step_size: float):
         super().__init__(steps, step_size)
@@ -120,34 +121,33 @@ class ReverseAIS(AIS):
 def bridge(log_r_p: Tensor, log_r_q: Tensor) -> Estimate:
     """log Z from draws of both sides by the optimal bridge (Meng and Wong, 1996; Bennett, 1976).
 
-    log_r_p: [n] at draws of p, -inf allowed. log_r_q: [m] at draws of r p / Z. The value is the constant
-    that a classifier with logit log r - log Z would fit; std_error: sqrt(1/C - 1/n - 1/m), C the number of
-    draws in common; bias: of order 1/n, not known, given as 0; num_samples: n + m; ESS and k-hat: those
-    of the worse side. ValueError where a side has fewer than 2 draws, a log ratio is NaN or +inf, no
-    draw of p has weight, or a draw of r p / Z has none."""
+    log_r_p: [n] at draws of p, -inf allowed. log_r_q: [m] at draws of r p / Z. The value is the
+    constant that a classifier with logit log r - log Z would fit. std_error: sqrt(1/C - 1/n - 1/m),
+    C the number of draws in common. bias: of order 1/n and not known, given as 0. num_samples:
+    n + m. ESS and k-hat: the worse side's. ValueError where a side has fewer than 2 draws, a log
+    ratio is NaN or +inf, no draw of p has weight, or a draw of r p / Z has none."""
     p, q = (check_log_weights(x.detach().double().cpu()) for x in (log_r_p, log_r_q))
     n, m, inside = len(p), len(q), p[p.isfinite()]
     if min(n, m) < 2 or len(inside) < 1 or not q.isfinite().all():
-        raise ValueError("bridge: needs at least 2 draws of each side, a finite log ratio at one draw of p or more, "
-                         f"and at all draws of r p / Z; got {n} draws, {len(inside)} finite, and "
-                         f"{m} draws, {int(q.isfinite().sum())} finite")
+        raise ValueError("bridge: needs at least 2 draws a side, log r finite at one of p, all of q; "
+                         f"got {n}, {len(inside)} finite, and {m}, {q.isfinite().sum()} finite")
     log_odds, both = log(m / n), torch.cat([inside, q])
     low, high = both.min().item() + log_odds - 50, both.max().item() + log_odds + 50
-    for _ in range(60):                                        # halvings of an interval that holds the root
+    for _ in range(60):                                   # the interval holds the root; halve it
         value = (low + high) / 2
-        over, under = logsigmoid(p - value + log_odds), logsigmoid(value - log_odds - q)    # log D, log 1 - D
+        over, under = logsigmoid(p - value + log_odds), logsigmoid(value - log_odds - q)
         low, high = (value, high) if over.logsumexp(0) > under.logsumexp(0) else (low, value)
     variance = (-over.logsumexp(0)).exp().item() - 1 / n - 1 / m
     ess = min(effective_sample_size(side, 0).item() for side in (over, under))
-    k_hat = max(map(pareto_k_hat, (over, under)), key=lambda k: (k == k, k))                # NaN counts least
+    k_hat = max(map(pareto_k_hat, (over, under)), key=lambda k: (k == k, k))   # NaN counts least
     return Estimate(value, sqrt(max(0.0, variance)), 0.0, ess, k_hat, n + m)
 
-# %% ../nbs/theory/10_log_z.ipynb #0186873a
+# %% ../nbs/theory/10_log_z.ipynb #9318d2ce
 class Bridge:
-    """`bridge` between draws of the base prior and posterior walks of images: [N, *image], on the VAE's device.
+    """`bridge` between draws of the base prior and posterior walks of images: [N, *image].
 
-    Biased, and not aware of it, where these are no draws of p_NCP: see `ReverseAIS`. One evaluation of
-    each classifier for a draw of either side, no gradients, any prior."""
+    Biased, and not aware of it, where these are no draws of p_NCP: see `ReverseAIS`. One evaluation
+    of each classifier for a draw of either side; no gradients, any prior."""
 
     def __init__(self, images: Tensor):
         self.images = images
@@ -156,5 +156,6 @@ class Bridge:
         "From num_samples / 2 draws of each side, at least 2."
         n, own = max(2, num_samples // 2), of_its_own(generator)
         with torch.no_grad(), seeded(own):
-            log_r_q = torch.cat([ncp.log_ratio(trace) for trace in posterior_walks(ncp, self.images, n)])
+            walks = posterior_walks(ncp, self.images, n)
+            log_r_q = torch.cat([ncp.log_ratio(trace) for trace in walks])
         return bridge(ncp.log_weights(n, own), log_r_q)

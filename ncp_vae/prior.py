@@ -28,7 +28,7 @@ class Estimate:
     std_error: float    # delta method: sqrt(Var(w) / S) / mean(w)
     bias: float         # leading term, -std_error**2 / 2: too low on average
     ess: float          # effective sample size of the S weights
-    k_hat: float        # their Pareto tail shape; from `k_hat_threshold(S)` on do not trust the rest
+    k_hat: float        # their Pareto shape; from `k_hat_threshold(S)` on do not trust the rest
     num_samples: int    # S
 
 # %% ../nbs/theory/08_prior.ipynb #32548442
@@ -90,7 +90,7 @@ def one_a_row(log_r: Tensor, z: Tensor, event: torch.Size) -> Tensor:
     return log_r
 
 def contexts_of(vae: TopDownVAE, latents: list[Tensor] | Trace) -> list[Tensor | None]:
-    "c(z_<k) of each group. A finished walk has them; a VAE without contexts is not walked for them."
+    "c(z_<k) of each group. A finished walk has them; a VAE without contexts is not walked."
     if isinstance(latents, Trace):
         return [step.context for step in latents.steps]
     if isinstance(latents, Tensor) or len(latents) != len(vae.latent_shapes):
@@ -180,7 +180,8 @@ class NoiseContrastivePrior(ReweightedPrior):
             latents = self.vae.walk(replay(latents), n=len(latents[0]))
         return self.normalised_log_ratio(latents) + latents.log_prior()
 
-    def sir_log_ratio(self, proposals: int | Sequence[int], generator: torch.Generator | None = None):
+    def sir_log_ratio(self, proposals: int | Sequence[int],
+                      generator: torch.Generator | None = None) -> Callable:
         "As `log_ratio` of `iwae`: a lower bound on what SIR(M) samples. See `sir_density_ratio`."
         return sir_density_ratio(self, proposals, generator)
 
@@ -189,13 +190,14 @@ def sir_density_ratio(ncp: ReweightedPrior, proposals: int | Sequence[int],
                       generator: torch.Generator | None = None) -> Callable:
     """As `log_ratio` of `iwae`: a lower bound on log p(x) of group-wise SIR (Lawson et al., 2019).
 
-    proposals: M, one int or one a group; the bound is on the law of `SIR(proposals)`. Returns latents,
-    or a finished walk -> sum over k of log r_k - log (1/M) (r_k + sum of r_k over M - 1 draws): [B],
-    nats; no Z. The first group's draws are made here, once, and shared by all rows and calls: it is a
-    bound in the mean over such pools. Those of the later groups are made at each call, for each row.
-    The generator only gives them a seed, so the same seed may serve `iwae` beside it. ValueError
-    where M < 1, or a list has not one M for each group."""
-    budgets = one_a_group("sir_log_ratio", proposals_of("sir_log_ratio", proposals), len(ncp.ratios))
+    proposals: M, one int or one a group; the bound is on the law of `SIR(proposals)`. Returns
+    latents, or a finished walk -> sum over k of log r_k - log (1/M) (r_k + sum of r_k over M - 1
+    draws): [B], nats; no Z. The first group's draws are made here, once, and shared by all rows and
+    calls: it is a bound in the mean over such pools. Those of the later groups are made at each
+    call, for each row. The generator only gives them a seed, so the same seed may serve `iwae`
+    beside it. ValueError where M < 1, or a list has not one M for each group."""
+    who = "sir_log_ratio"
+    budgets = one_a_group(who, proposals_of(who, proposals), len(ncp.ratios))
     own = of_its_own(generator)
     def pool(step):
         return log_pool(ncp.ratios[step.index], step, budgets[step.index] - 1, own)

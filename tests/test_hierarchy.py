@@ -267,11 +267,12 @@ def tempered_laws(temperature):
     return torch.stack(group), torch.linalg.solve(A.T @ A + more * B.T @ B, A.T @ b)
 
 
-@pytest.mark.parametrize("sampler, law", [(SIR(1000), 0), (ISIR(8, 20), 0), (SMC(), 1), (JointMALA(60, 0.4), 1)])
-def test_a_temperature_parts_the_two_laws(sampler, law):
-    "The ratios are perfect: at temperature one both laws are the target."
+@pytest.mark.parametrize("sampler, law, runs", [(SIR(500), 0, 1), (ISIR(8, 20), 0, 1), (SMC(), 1, 40), (JointMALA(60, 0.4), 1, 1)])
+def test_a_temperature_parts_the_two_laws(sampler, law, runs):
+    "The ratios are perfect: at temperature one both laws are the target. Independent rows in one run, or the means of many runs."
     g = generator(33)
-    z = torch.stack([flat(ladder().sample(200, sampler, 0.7, g)).mean(0) for _ in range(40)])
+    z = [flat(ladder().sample(8000 // runs, sampler, 0.7, g)) for _ in range(runs)]
+    z = z[0] if runs == 1 else torch.stack([each.mean(0) for each in z])
     assert worst(z, tempered_laws(0.7)[law]) < 5 < worst(z, tempered_laws(0.7)[1 - law])
     assert worst(z, tempered_laws(1.0)[law]) > 20
 
@@ -355,7 +356,7 @@ def test_log_partition_takes_the_estimate_of_smc():
     ncp, g, truth = ladder(0.5), generator(36), exact(0.5)[3]
     found = [ncp.log_partition(400, g, SMC()) for _ in range(40)]
     values = torch.tensor([each.value for each in found]).double()
-    assert worst(values.exp(), exp(truth)) < 5 < worst(values.exp(), exp(truth) * 1.1)
+    assert worst(values.exp(), exp(truth)) < 5 < worst(values.exp(), exp(truth) * 1.15)
     assert all(each.num_samples == RUNS and each.bias == -each.std_error ** 2 / 2 for each in found)
     assert abs(sum(each.std_error for each in found) / 40 / values.std().item() - 1) < 5 * 0.12
     assert ncp.log_z == pytest.approx(found[-1].value) and ncp.log_z_std_error == pytest.approx(found[-1].std_error)
@@ -519,7 +520,7 @@ def test_joint_langevin_does_not_decode_on_its_way():
 
     class Decoding(Ladder):
         def walk(self, choose, *, n=None, evidence=None):
-            trace = super().walk(choose, n=n)
+            trace = super().walk(choose, n=n, evidence=evidence)
             decoded.append(n)
             return trace
     ncp = NoiseContrastivePrior(Decoding(), [Known(k) for k in range(3)])
@@ -527,8 +528,7 @@ def test_joint_langevin_does_not_decode_on_its_way():
     assert decoded == [5] and [ratio.seen for ratio in ncp.ratios] == [8 * 5] * 3
     decoded.clear(), SMC().sample(ncp, 5), proposal_budget(ncp, 10, 2), law_gap(ncp, 10, 2)
     assert decoded == [5]
-    with torch.no_grad():
-        decoded.clear(), proposal_budget(ncp, 10, 2, images=torch.zeros(4, 3))
+    decoded.clear(), proposal_budget(ncp, 10, 2, images=torch.zeros(4, 3))
     assert decoded == []
 
 

@@ -212,9 +212,9 @@ add("Figure 12", "NVAE's samples beside NCP-VAE's on CelebA-64 at t = 0.7, corru
 # %% ../../nbs/engine/paper.ipynb #829f591e
 ELSEWHERE = {
     "Figure 1": "the base prior, the reweighting factor and their product: the chapters on the "
-                "prior hole and on the prior (nbs/theory/03_prior_hole.ipynb, 06_prior.ipynb)",
+                "prior hole and on the prior (nbs/theory/03_prior_hole.ipynb, 08_prior.ipynb)",
     "Figure 2": "two stages of training and sampling at test time: the chapters on the prior and "
-                "on training (nbs/theory/06_prior.ipynb, nbs/engine/train.ipynb)",
+                "on training (nbs/theory/08_prior.ipynb, nbs/engine/train.ipynb)",
     "Figure 5": "the classifier's residual blocks: the chapter on ratios (nbs/models/ratios.ipynb)"}
 
 # %% ../../nbs/engine/paper.ipynb #b5a0684b
