@@ -251,7 +251,8 @@ def excess_of(ncp: Reweighted, pilot: SIR, own: torch.Generator, **batch) -> lis
     return found
 
 # %% ../nbs/theory/09_hierarchy.ipynb #0ff0b505
-def proposal_budget(ncp: Reweighted, max_proposals: int, target_ess: float, generator=None,
+def proposal_budget(ncp: Reweighted, max_proposals: int, target_ess: float,
+                    generator: torch.Generator | None = None,
                     images: Tensor | None = None) -> list[int]:
     """How many proposals each group needs for an expected ESS of target_ess: K ints, for `SIR`.
 

@@ -144,7 +144,8 @@ class ReweightedPrior(nn.Module):
 class Partition(Protocol):
     "A way to estimate log Z; `SMC`, `AIS` and `Bridge` of later chapters are such ways."
     def log_partition(self, ncp: ReweightedPrior, num_samples: int,
-                      generator: torch.Generator | None = None) -> Estimate: ...
+                      generator: torch.Generator | None = None) -> Estimate:
+        "log Z of `ncp` from num_samples draws or particles."
 
 # %% ../nbs/theory/08_prior.ipynb #80472c9d
 class NoiseContrastivePrior(ReweightedPrior):

@@ -12,5 +12,5 @@ from .hierarchy import *
 from .resampling import *
 
 # %% ../nbs/theory/11_samplers.ipynb #bbf81436
-_all_ = ["Sampler", "SIR", "Langevin", "MALA", "HMC", "ISIR", "JointLangevin", "JointMALA", "SMC", "proposal_budget", "law_gap",
-         "effective_sample_size", "pareto_k_hat", "k_hat_threshold"]
+_all_ = ["Sampler", "SIR", "Langevin", "MALA", "HMC", "ISIR", "JointLangevin", "JointMALA", "SMC",
+         "proposal_budget", "law_gap", "effective_sample_size", "pareto_k_hat", "k_hat_threshold"]

@@ -314,20 +314,6 @@ def test_staged_ratio_sums_conditions_once_and_owns_its_stages():
         StagedRatio([])
 
 
-def test_second_stage_is_right_whatever_the_first_was():
-    "On N(0, 1) and N(m, 1) in closed form: with r1 = exp(a z), log q / (r1 p / Z1) + log r1 = log q/p + log Z1."
-    m, z = 2.0, torch.linspace(-3, 5, 9, dtype=torch.float64)[:, None]
-    normal = torch.distributions.Normal
-    for a in (-0.5, 0.7, 3.0):
-        base = normal(torch.tensor(a, dtype=torch.float64), 1.0)                # r1 p / Z1
-        class Second(RatioEstimator):
-            def condition(self, context):
-                return lambda z: (normal(m, 1.0).log_prob(z) - base.log_prob(z)).squeeze(-1)
-        first = Linear(torch.tensor([a], dtype=torch.float64))
-        error = StagedRatio([first, Second()])(z) - (m * z - m**2 / 2).squeeze(-1)
-        assert torch.allclose(error, torch.full((9,), a**2 / 2, dtype=torch.float64))        # log Z1 = a^2 / 2
-
-
 def train_linear(rows_q, rows_p, steps=60):
     "Logistic regression by plain gradient descent: a convex loss, its curvature at most 2 x 1/4 a feature."
     ratio, bias = Linear(torch.zeros(rows_q.shape[1])), torch.zeros((), requires_grad=True)

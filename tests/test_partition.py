@@ -3,14 +3,17 @@
 Seeds are fixed, so a failure means that the code has changed. On a fresh seed a score beyond 5 standard errors comes by
 chance once in 1.7 million times; there are about 20 of them. Where a reported error is held against a spread over repeats,
 the tolerance is said beside it. The broken twins must fail the same check."""
+import json
+import re
 from collections import Counter
 from math import inf, isinf, isnan, log, nan, sqrt
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributions import Categorical, Normal
 
-from ncp_vae import partition
+from ncp_vae import partition, sampling
 from ncp_vae.chains import evaluate, leapfrog
 from ncp_vae.hierarchy import SMC, NoiseWalk
 from ncp_vae.nce import RatioEstimator
@@ -18,6 +21,7 @@ from ncp_vae.partition import AIS, Bridge, ReverseAIS, at_power, bridge, posteri
 from ncp_vae.prior import NoiseContrastivePrior
 from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, rows
 
+ROOT = Path(__file__).resolve().parents[1]
 SLOPE, WIDTH, LOG_Z = 0.8, 0.6, 1.5
 IMAGES = torch.zeros(30, 1)
 
@@ -383,5 +387,18 @@ def test_no_images_and_sides_without_weight_are_refused():
     with pytest.raises(ValueError, match="at least one image"):
         ladder().log_partition(10, generator(), Bridge(torch.zeros(0, 1)))
     for p, q in ((torch.full((5,), -inf), torch.zeros(5)), (torch.zeros(5), torch.tensor([0.0, -inf])), (torch.zeros(5), torch.zeros(0))):
-        with pytest.raises(ValueError, match="bridge: needs at least 2"):
+        with pytest.raises(ValueError, match="bridge needs at least 2"):
             bridge(p, q)
+
+
+# ---- the guide to the samplers ------------------------------------------------------------------------------------------
+
+def test_every_sampler_of_the_guide_can_be_had_from_one_place():
+    "The first column of the tables in the chapter on all samplers, and none is left out that has both methods."
+    pages = json.loads((ROOT / "nbs" / "theory" / "11_samplers.ipynb").read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in pages if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).split("\n")]
+    named = {name for line in lines if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    public = {name: getattr(sampling, name) for name in sampling.__all__}
+    samplers = {name for name, value in public.items()
+                if isinstance(value, type) and callable(getattr(value, "draw", None)) and callable(getattr(value, "sample", None))}
+    assert named == samplers - {"Sampler"} and len(named) == 8
