@@ -22,7 +22,7 @@ from .prior import PIECE, Estimate, ReweightedPrior, estimate_log_mean, of_its_o
 from .resampling import check_log_weights, effective_sample_size, pareto_k_hat, whole
 from .walk import Trace, from_posterior, seeded
 
-# %% ../nbs/theory/10_log_z.ipynb #37da3d69
+# %% ../nbs/theory/10_log_z.ipynb #de47a3b8
 def at_power(state: State, base: Distribution, power: float) -> State:
     """The state under N(eps; 0, I) r^(power beta), from that under N(eps; 0, I) r^beta.
 
@@ -67,7 +67,7 @@ class AIS:
         "From num_samples chains."
         return estimate_log_mean(self.log_weights(ncp, num_samples, generator))
 
-# %% ../nbs/theory/10_log_z.ipynb #8fa2a658
+# %% ../nbs/theory/10_log_z.ipynb #d938479b
 def anneal(method: AIS, walk: NoiseWalk, eps: Tensor) -> Tensor:
     "sum_t (beta_t - beta_(t-1)) log r(eps_(t-1)) of chains that start at eps: [n, D] -> [n], nats."
     def at(beta, eps):
@@ -129,7 +129,7 @@ def bridge(log_r_p: Tensor, log_r_q: Tensor) -> Estimate:
     p, q = (check_log_weights(x.detach().double().cpu()) for x in (log_r_p, log_r_q))
     n, m, inside = len(p), len(q), p[p.isfinite()]
     if min(n, m) < 2 or len(inside) < 1 or not q.isfinite().all():
-        raise ValueError("bridge needs at least 2 draws a side, log r finite at one of p, all of q; "
+        raise ValueError("bridge needs at least 2 draws a side, log r finite at one of p, all q; "
                          f"got {n}, {len(inside)} finite, and {m}, {q.isfinite().sum()} finite")
     log_odds, both = log(m / n), torch.cat([inside, q])
     low, high = both.min().item() + log_odds - 50, both.max().item() + log_odds + 50
@@ -142,7 +142,7 @@ def bridge(log_r_p: Tensor, log_r_q: Tensor) -> Estimate:
     k_hat = max(map(pareto_k_hat, (over, under)), key=lambda k: (k == k, k))   # NaN counts least
     return Estimate(value, sqrt(max(0.0, variance)), 0.0, ess, k_hat, n + m)
 
-# %% ../nbs/theory/10_log_z.ipynb #ac775488
+# %% ../nbs/theory/10_log_z.ipynb #90fc8d4c
 class Bridge:
     """`bridge` between draws of the base prior and posterior walks of images: [N, *image].
 
