@@ -23,7 +23,10 @@ from .walk import Step, TopDownVAE, Trace, from_prior, replay, seeded
 # %% ../nbs/theory/08_prior.ipynb #acebb686
 @dataclass
 class Estimate:
-    "A Monte Carlo estimate of log Z, in nats, and what is known of its error."
+    """A Monte Carlo estimate of log Z, in nats, and what is known of its error.
+
+    From below, as plain importance sampling, `SMC` and `AIS` have it. `ReverseAIS` comes from above, and
+    its bias is positive; that of `Bridge` is not known, and stands as 0."""
     value: float        # log of the mean of S unbiased estimates of Z, which may be single weights
     std_error: float    # delta method: sqrt(Var(w) / S) / mean(w)
     bias: float         # leading term, -std_error**2 / 2: too low on average
