@@ -29,8 +29,6 @@ def prior_negatives(step: Step, z_q: Tensor) -> Negatives:
     return Negatives(draw(step.prior), nothing, nothing)
 
 # %% ../nbs/theory/07_stages.ipynb #ae54da4f
-POOL = 1000    # draws that estimate log Z(z_<k) beside a chain
-
 def raced(log_ratio: Callable[[Tensor], Tensor], sampler: SIR, step: Step,
           z_q: Tensor) -> Negatives:
     "SIR's picks, and log R/M of each row's pool: with the pick in it, and with z_q in its place."
@@ -42,6 +40,9 @@ def raced(log_ratio: Callable[[Tensor], Tensor], sampler: SIR, step: Step,
     if torch.isneginf(end.log_sum).any() or torch.isneginf(log_sum_q).any():
         raise ValueError(f"a later stage: all {M} ratios of a row are zero under the stages before")
     return Negatives(end.z, log_sum_q - log(M), end.log_sum - log(M))
+
+# %% ../nbs/theory/07_stages.ipynb #dd1da464
+POOL = 1000    # draws that estimate log Z(z_<k) beside a chain
 
 def stage_negatives(ratio: RatioEstimator, sampler: Sampler, step: Step, z_q: Tensor) -> Negatives:
     """A later stage: draws of r p by `sampler`, and log Z(z_<k) of r for the loss.
