@@ -133,8 +133,8 @@ def group_reports(ncp: NoiseContrastivePrior, images: Tensor, seed: int, batch_s
                   negatives: Callable[[Step, Tensor], Negatives] = prior_negatives) -> list[RatioReport]:
     """What the logits of each group say on images that the ratios have not seen: K reports. images: [N, *image].
 
-    The sum of their `kl_bound` is, but for its errors, at most KL(q || p), what a perfect ratio would win of the bound
-    on average. negatives: what the ratios were trained against, where that is not the base prior."""
+    Of a first stage the sum of their `kl_bound` is, but for its errors, at most KL(q || p), what a perfect ratio would win of
+    the bound on average; of a later one it is about the stages before. negatives: what the ratios were trained against, where that is not the base prior."""
     generator, device = torch.Generator().manual_seed(seed), device_of(ncp.vae)
     with torch.no_grad(), seeded(generator):
         parts = [group_logits(ncp.vae, ncp.ratios, x.to(device), negatives) for x in images.split(batch_size)]
