@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Chooser', 'Step', 'Trace', 'TopDownVAE', 'rows', 'at_least_float32', 'diagonal_normal', 'FlatVAE', 'draw', 'tempered',
-           'seeded', 'from_prior', 'from_posterior', 'replay', 'check_trace']
+           'seeded', 'from_prior', 'from_posterior', 'replay', 'check_step', 'check_trace']
 
 # %% ../nbs/theory/01_walk.ipynb #41e53b27
 from contextlib import contextmanager
@@ -190,23 +190,28 @@ def replay(latents: list[Tensor]) -> Chooser:
     return choose
 
 # %% ../nbs/theory/01_walk.ipynb #520fc554
+def check_step(vae: TopDownVAE, step: Step, n: int) -> Step:
+    "The step of n rows as it is; ValueError where a shape is not what `vae` declares."
+    event, declared = torch.Size(vae.latent_shapes[step.index]), vae.context_shapes[step.index]
+    for name, law in (("prior", step.prior), ("posterior", step.posterior)):
+        if law is not None and (law.batch_shape, law.event_shape) != ((n,), event):
+            raise ValueError(
+                f"the {name} of group {step.index} has batch {tuple(law.batch_shape)} "
+                f"and event {tuple(law.event_shape)}, expected ({n},) and {tuple(event)}: "
+                "wrap it in Independent, or correct latent_shapes")
+    found = None if step.context is None else tuple(step.context.shape)
+    expected = None if declared is None else (n, *declared)
+    if found != expected:
+        raise ValueError(f"the context of group {step.index} has shape {found}, "
+                         f"expected {expected}")
+    return step
+
 def check_trace(vae: TopDownVAE, trace: Trace, n: int) -> Trace:
     """The trace of n rows as it is.
 
     ValueError where a batch, event or context shape is not what `vae` declares."""
     for step in trace.steps:
-        event, declared = torch.Size(vae.latent_shapes[step.index]), vae.context_shapes[step.index]
-        for name, law in (("prior", step.prior), ("posterior", step.posterior)):
-            if law is not None and (law.batch_shape, law.event_shape) != ((n,), event):
-                raise ValueError(
-                    f"the {name} of group {step.index} has batch {tuple(law.batch_shape)} "
-                    f"and event {tuple(law.event_shape)}, expected ({n},) and {tuple(event)}: "
-                    "wrap it in Independent, or correct latent_shapes")
-        found = None if step.context is None else tuple(step.context.shape)
-        expected = None if declared is None else (n, *declared)
-        if found != expected:
-            raise ValueError(f"the context of group {step.index} has shape {found}, "
-                             f"expected {expected}")
+        check_step(vae, step, n)
     law = trace.likelihood
     if law.batch_shape != (n,):
         raise ValueError(f"the likelihood has batch {tuple(law.batch_shape)} and event "

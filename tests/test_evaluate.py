@@ -5,11 +5,11 @@ import pytest
 import torch
 from sklearn.neighbors import KDTree
 
-from ncp_vae.engine.evaluate import average, block_mmd2, compare, group_reports, log_likelihoods, nearest, sir_ess
+from ncp_vae.engine.evaluate import average, block_mmd2, compare, group_logits, group_reports, log_likelihoods, nearest, sir_ess
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.nce import RatioEstimator
 from ncp_vae.prior import NoiseContrastivePrior
-from ncp_vae.walk import FlatVAE, diagonal_normal
+from ncp_vae.walk import FlatVAE, diagonal_normal, from_prior
 
 
 class Linear(FlatVAE):
@@ -55,6 +55,18 @@ def test_the_gain_is_the_closed_form():
     assert scores.gain_bound.value < scores.gain.value + 5 * log_z.std_error
     wrong, _ = compare(NoiseContrastivePrior(Linear(), [Tilt(-a)]), x, **settings)
     assert abs(wrong.gain.value - exact) > 5 * wrong.gain.std_error
+
+
+def test_the_ratios_never_ask_for_an_image():
+    "Neither their training's logits nor their reports decode: of NVAE that is half of a walk."
+    class Blind(Linear):
+        def likelihood(self, z):
+            raise AssertionError("the likelihood was visited")
+    x = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    [(logits_q, logits_p)] = group_logits(Blind(), [Tilt(1.0)], x)
+    assert logits_q.shape == logits_p.shape == (40,)
+    with pytest.raises(AssertionError, match="visited"):
+        Blind().walk(from_prior(), n=2)
 
 
 def test_the_same_seed_gives_the_same_draws():

@@ -158,11 +158,12 @@ def test_a_few_steps_raise_the_bound():
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
 CONTEXTS = {"mnist": [(256, 4)], "fashion_mnist": [(256, 4), (128, 8)], "cifar10": [(256, 16)], "digits": [(16, 4)], "photos32": [(16, 16)],
+            "fashion_mnist8-2": [(32, 8)], **dict.fromkeys(["fashion_mnist8-5", "fashion_mnist8-10", "colour32"], [(64, 4), (32, 8)]),
             "celeba64-6": [(384, 8), (192, 16), (96, 32)], "celeba64-15": [(384, 8), (192, 16), (96, 32)],
             "celeba64-30": [(384, 8), (192, 16), (96, 32)],
             "celebahq256": [(1024, 8), (512, 16), (256, 32), (128, 64), (64, 128)]}
 GROUPS = {"mnist": 10, "fashion_mnist": 15, "cifar10": 30, "digits": 2, "photos32": 3, "celeba64-6": 6, "celeba64-15": 15, "celeba64-30": 30,
-          "celebahq256": 20}
+          "celebahq256": 20, "fashion_mnist8-2": 2, "fashion_mnist8-5": 5, "fashion_mnist8-10": 10, "colour32": 5}
 
 
 @cache

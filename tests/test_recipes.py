@@ -72,8 +72,9 @@ def test_preset_counts_its_epochs_in_steps():
 
 
 def test_asked_steps_shorten_a_preset():
+    "Its warm-up too, to a tenth of them."
     settings = build_vae("nvae:digits", SHAPE, 640, steps=20)[1]
-    assert settings["steps"] == 20 and settings["recipe"].lr_warm_up == 10 and settings["kl_warmup"] == 6
+    assert settings["steps"] == 20 and settings["recipe"].lr_warm_up == 2 and settings["kl_warmup"] == 6
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "celeba64-6"])

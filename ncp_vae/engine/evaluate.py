@@ -19,12 +19,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..bound import paired_iwae
+from ..hierarchy import descend
 from ..holes import mmd2
 from ..nce import RatioEstimator, RatioReport, diagnose
-from ..prior import Estimate, NoiseContrastivePrior
+from ..prior import Estimate, NoiseContrastivePrior, Partition
 from ..resampling import SIR, log_ratio_at
 from ..stages import Negatives, prior_negatives
-from ..walk import Step, TopDownVAE, Trace, check_trace, from_posterior, from_prior, seeded
+from ..walk import Step, TopDownVAE, Trace, check_step, from_posterior, from_prior, seeded
 
 # %% ../../nbs/engine/evaluate.ipynb #77fef826
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def pool_std_error(ncp: NoiseContrastivePrior, num_samples: int, generator: torc
     return max(0.0, 1 / ess - 1 / num_samples) ** 0.5
 
 # %% ../../nbs/engine/evaluate.ipynb #dee43960
-def copy_likelihoods(ncp: NoiseContrastivePrior, images: Tensor, num_samples: int, proposals: int, bounded: int,
-                     seed: int) -> tuple[Tensor, Tensor]:
+def copy_likelihoods(ncp: NoiseContrastivePrior, images: Tensor, num_samples: int, proposals: int | Sequence[int],
+                     bounded: int, seed: int) -> tuple[Tensor, Tensor]:
     "IWAE values under base and NCP, [2, N], and under the SIR density for the first parts that hold `bounded` images: [b]."
     pools, values = torch.Generator().manual_seed(seed * PART + PART - 1), []
     for i, x in enumerate(tqdm(images.split(PART), "likelihoods", mininterval=10.0, leave=False)):
@@ -86,26 +87,28 @@ def copy_likelihoods(ncp: NoiseContrastivePrior, images: Tensor, num_samples: in
     return torch.cat([v[:2] for v in values], dim=1), torch.cat([v[2:].flatten() for v in values])
 
 # %% ../../nbs/engine/evaluate.ipynb #981853c3
-def compare(ncp: NoiseContrastivePrior, images: Tensor, *, num_samples: int, log_z_samples: int, proposals: int,
-            seed: int, bound_images: int | None = None, copies: int = 1,
-            keep: Callable = lambda name, compute: compute()) -> tuple[Likelihoods, Estimate]:
+def compare(ncp: NoiseContrastivePrior, images: Tensor, *, num_samples: int, log_z_samples: int,
+            proposals: int | Sequence[int], seed: int, method: Partition | None = None, bound_images: int | None = None,
+            copies: int = 1, keep: Callable = lambda name, compute: compute()) -> tuple[Likelihoods, Estimate]:
     """Both likelihoods of p_NCP beside the base's, on the same images and posterior draws, and the log Z that was used.
 
     images: [copies * N, *image], every image in its first binarisation, then in the second, and so on; an image's copies are
-    averaged, and errors are over the N. The bound is for the first bound_images (None: N), in whole parts. keep(name, compute)
+    averaged, and errors are over the N. proposals: M of the SIR density, one int or one a group. method: of log Z, see
+    `log_partition`. The bound is for the first bound_images (None: N), in whole parts. keep(name, compute)
     may remember what was computed (`Run.once`). ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
     size = len(images) // max(1, copies)
     if copies < 1 or copies * size != len(images) or not 1 <= (size if bound_images is None else bound_images) <= size:
         raise ValueError(f"compare: {len(images)} images must be whole copies, got copies = {copies}, and bound_images lie "
                          f"between 1 and {size}, got {bound_images}")
-    log_z = ncp.log_partition(log_z_samples, torch.Generator().manual_seed(seed * 1_000_003 - 1))
+    log_z = ncp.log_partition(log_z_samples, torch.Generator().manual_seed(seed * 1_000_003 - 1), method)
     bounded = [size if bound_images is None else bound_images] + [0] * (copies - 1)
     values, bounds = zip(*[keep(f"likelihoods-{c}", partial(copy_likelihoods, ncp, x, num_samples, proposals, bounded[c],
                            seed * copies + c)) for c, x in enumerate(images.split(size))])
     base, estimate, bound = *torch.stack(values).mean(0), bounds[0]
     pools = -(-len(bound) // PART)
     of_pool = pool_std_error(ncp, log_z_samples, torch.Generator().manual_seed(seed * 1_000_003 - 2))
-    pool_error = of_pool * (log_z_samples / (proposals * pools)) ** 0.5
+    first = proposals if isinstance(proposals, int) else proposals[0]
+    pool_error = of_pool * (log_z_samples / (first * pools)) ** 0.5
     return Likelihoods(average(base, "lower bound"), average(estimate, "estimate", log_z.std_error),
                        average(bound, "lower bound", pool_error), average(estimate - base, "estimate", log_z.std_error),
                        average(bound - values[0][0, :len(bound)], "estimate", pool_error)), log_z
@@ -118,10 +121,14 @@ def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
     x: [B, *image]. negatives(step, z_q) gives the draws of the other kind, at the posterior's z_<k, and what is added to
     log r_k on each side: nothing in a first stage. Both kinds go through a ratio as one mixed batch, [2, B, *event]: by
     their own statistics its batch norm would tell them apart."""
+    met = []
+    def choose(step):
+        met.append((check_step(vae, step, len(x)), from_posterior()(step)))
+        return met[-1][1] if len(met) < len(ratios) else None        # the image at the bottom is not wanted
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):        # the contexts that sampling will meet
-        trace = check_trace(vae, vae.walk(from_posterior(), evidence=vae.encode(x)), len(x))
+        descend(vae, choose, evidence=vae.encode(x))
     pairs = []
-    for step, z_q, ratio in zip(trace.steps, trace.latents, ratios):
+    for (step, z_q), ratio in zip(met, ratios):
         with torch.no_grad():
             other = negatives(step, z_q)
         log_q, log_p = log_ratio_at(ratio.condition(step.context), torch.stack([z_q, other.z]), step.prior)

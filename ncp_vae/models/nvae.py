@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_FLOWS', 'PRESETS', 'GROUPS', 'VAEBM', 'LIKE_15', 'PlainConfig', 'NVAEConfig', 'check_config', 'check_sizes',
            'gaussian', 'Group', 'BottomUp', 'top_down_groups', 'post_process', 'pixel_law', 'NVAE', 'check_batch',
-           'balance_alpha', 'kl_balance', 'Preset', 'celeba64', 'preset']
+           'balance_alpha', 'kl_balance', 'Preset', 'celeba64', 'small', 'preset']
 
 # %% ../../nbs/models/nvae.ipynb #ccdd03a5
 from dataclasses import asdict, dataclass, fields
@@ -318,12 +318,22 @@ PRESETS["celebahq256"] = Preset(
 
 PRESETS["digits"] = Preset(
     NVAEConfig((1, 8, 8), (2,), channels=8, blocks=1, cells_per_block=1, latent_channels=4, cells_per_group=1), "digits",
-    40, 64, 1e-2, from_source="Nothing.", inferred="All: the smallest NVAE with a context, for seconds on one core.")
+    40, 64, 1e-2, from_source="Nothing.", inferred="All: the smallest NVAE with a context, for seconds on one core.", warm_up_epochs=4)
 
 PRESETS["photos32"] = Preset(
     NVAEConfig((3, 32, 32), (1, 2), channels=8, blocks=1, cells_per_block=1, latent_channels=4, cells_per_group=1,
                likelihood="normal"), "photos32", 20, 64, 1e-2, from_source="Nothing.",
     inferred="All: the smallest NVAE of colour images, to try a page on crops of two photographs.")
+
+def small(image_shape: tuple[int, int, int], groups: tuple[int, ...], dataset: str, **more) -> Preset:
+    "Half a million parameters for 8-bit images of 32x32 pixels, or 28x28 padded: an hour on one core."
+    return Preset(NVAEConfig(image_shape, groups, channels=8, blocks=2, cells_per_block=1, latent_channels=4, cells_per_group=1,
+                             likelihood="discretised_logistics", mixtures=5, **more), dataset, 20, 48, 1e-2,
+                  from_source="Nothing.", inferred="All: what two cores can train, with latents of 4x4 and 8x8.")
+
+for groups in ((1, 1), (2, 3), (4, 6)):
+    PRESETS[f"fashion_mnist8-{sum(groups)}"] = small((1, 28, 28), groups, "fashion_mnist", padding=2)
+PRESETS["colour32"] = small((3, 32, 32), (2, 3), "folder")
 
 # %% ../../nbs/models/nvae.ipynb #b4e4f7bb
 def preset(name: str) -> Preset:
