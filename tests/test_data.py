@@ -102,6 +102,94 @@ def test_folder_that_is_empty_or_missing(tmp_path):
             data.load("folder", root=root)
 
 
+def test_transparent_files_of_a_folder_are_laid_on_white(tmp_path):
+    for i in range(10):
+        Image.new("LA" if i == 5 else "L", (6, 4), (0, 51) if i == 5 else 100).save(tmp_path / f"{i}.png")
+    found = data.load("folder", root=tmp_path).images
+    assert found.shape == (9, 1, 4, 6) and torch.allclose(found[4], torch.tensor(0.8)) and torch.allclose(found[3], torch.tensor(100 / 255))
+
+
+@pytest.mark.parametrize("other", ["test", "valid"])
+def test_folders_train_and_test_are_the_splits(other, tmp_path):
+    """Also with folders inside; what lies beside them is not used, and `valid` serves only where `test` holds no image."""
+    for place, count, grey in (("train", 12, 30), (f"{other}/deeper", 3, 60), (".", 4, 90)):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("L", (6, 4), grey).save(tmp_path / place / f"{i:02d}.png")
+    (tmp_path / "test").mkdir(exist_ok=True)
+    for split, count, grey in (("train", 12, 30), ("test", 3, 60)):
+        images = data.load("folder", split, root=tmp_path).images
+        assert len(images) == count and torch.allclose(images, torch.tensor(grey / 255))
+    picture(tmp_path / "test" / "0.png", "L")
+    assert len(data.load("folder", "test", root=tmp_path).images) == (4 if other == "test" else 1)
+
+
+def test_one_folder_alone_is_no_split(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    for i in range(20):
+        picture(tmp_path / "train" / f"{i:02d}.png", "L")
+    assert len(data.load("folder", root=tmp_path).images) == 18 and len(data.load("folder", "test", root=tmp_path).images) == 2
+    picture(tmp_path / "test" / "0.png", "L")
+    for i in range(13):
+        (tmp_path / "train" / f"{i:02d}.png").unlink()
+    with pytest.raises(FileNotFoundError, match="8 images found .* at least 10"):
+        data.load("folder", root=tmp_path)
+
+
+def test_side_cuts_the_middle_square_and_resizes_as_torchvision_does(tmp_path):
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+    sizes, rng = [(30, 20), (21, 40), (16, 16), (8, 9)], np.random.default_rng(0)
+    for i in range(12):
+        width, height = sizes[i % 4]
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i:02d}.png")
+    found = data.load("folder", root=tmp_path, side=16).images
+    names = [i for i in range(12) if i % 10]
+    assert found.shape == (10, 3, 16, 16)
+    for image, i in zip(found, names):
+        page, short = Image.open(tmp_path / f"{i:02d}.png"), min(sizes[i % 4])
+        left, top = (page.width - short) // 2, (page.height - short) // 2
+        cut = page.crop((left, top, left + short, top + short))
+        if (page.width - short) % 2 == (page.height - short) % 2 == 0:
+            assert cut.tobytes() == center_crop(page, [short, short]).tobytes()
+        assert torch.equal((255 * image).round().byte(), pil_to_tensor(resize(cut, [16, 16])))
+
+
+@pytest.mark.parametrize("colour, channels", [(None, 1), (0, 3), (7, 3)])
+def test_grey_images_become_coloured_where_any_is_in_either_split(colour, channels, tmp_path):
+    for i in range(20):
+        Image.new("RGB" if i == colour else "LA" if i % 2 else "L", (6, 4 + i), (0, 255) if i % 2 and i != colour else 0).save(tmp_path / f"{i:02d}.png")
+    for split in ("train", "test"):
+        assert data.load("folder", split, root=tmp_path, side=5).images.shape[1:] == (channels, 5, 5)
+
+
+def test_bad_sides(tmp_path):
+    for i in range(10):
+        picture(tmp_path / f"{i}.png", "L")
+    for side in (0, -3, 2.0, True, "8"):
+        with pytest.raises(ValueError, match=f"side must be a whole number of at least 1 pixel, got {side!r}"):
+            data.load("folder", root=tmp_path, side=side)
+    for name in ("digits", "celeba64", "mnist"):
+        with pytest.raises(ValueError, match=f"side=8 is for the data set 'folder', .*{name} comes as it is"):
+            data.load(name, root=tmp_path, side=8)
+
+
+def test_which_sets_have_labels():
+    """has_labels says what load_labels does: with labels, it fails for want of files at most."""
+    for name in data.LOADERS:
+        try:
+            data.load_labels(name, root="nowhere")
+        except FileNotFoundError:
+            assert data.has_labels(name)
+        except ValueError as error:
+            assert "has no labels" in str(error) and not data.has_labels(name)
+        else:
+            assert data.has_labels(name)
+    assert data.has_labels("digits") and not data.has_labels("folder")
+    with pytest.raises(ValueError, match="unknown data set 'cifar'; known: "):
+        data.has_labels("cifar")
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown data set 'cifar'; known: .*digits"):
         data.load("cifar")

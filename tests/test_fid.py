@@ -12,7 +12,7 @@ from ncp_vae.engine.data import Rows
 from ncp_vae.engine.evaluate import nearest, nearest_in, neighbour_view
 from ncp_vae.engine.features import FeatureNet, frechet_distance
 from ncp_vae.engine.fid import (FID, KID, NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, Given,
-                                ImageScorer, Protocol, claimed_name, features_for, reconstructions, reference_indices,
+                                ImageScorer, Protocol, claimed_name, features_for, lower_by, reconstructions, reference_indices,
                                 score_images, to_bytes)
 from ncp_vae.models.flat import DenseVAE
 
@@ -257,10 +257,25 @@ def test_features_are_chosen_in_one_place(tmp_path):
     assert isinstance(features_for(None, images, labels, steps=2, batch_size=10, lr=1e-3, seed=0), ClassifierFeatures)
     with pytest.raises(FileNotFoundError, match="no Inception weights"):
         features_for(tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="needs images and labels"):
-        features_for(None, images)
+    with pytest.raises(ValueError, match="a net is trained, which needs images"):
+        features_for(None)
     with pytest.raises(ValueError, match="wants bytes"):
         ClassifierFeatures(FeatureNet((1, 8, 8), 2))(images)
+
+
+def test_features_without_labels_are_named_so_and_never_compared_with_others():
+    """The name survives in every score, however the features were made; scores under two names have no difference."""
+    images, labels, few = torch.rand(100, 1, 8, 8), torch.arange(100) % 2, dict(steps=2, batch_size=12, lr=1e-3, seed=0)
+    protocol, draw = Protocol("p", 100, None, "train", ""), lambda n, generator: torch.rand(n, 1, 8, 8, generator=generator)
+    networks = [features_for(None, images, labels, **few), features_for(None, images, None, **few), features_for("", images, **few)]
+    names = ["64 features of a classifier of 1 x 8 x 8 images"] + 2 * [
+        "64 features of a net trained without labels, to tell quarter turns of 1 x 8 x 8 images apart"]
+    scores = [score_images(protocol, images, draw, network, batch_size=50, seed=0) for network in networks]
+    assert [network.name for network in networks] == [score.features for score in scores] == names
+    assert [ClassifierFeatures(network.net).name for network in networks] == names and not any(score.is_fid for score in scores)
+    assert lower_by(scores[1], scores[2]).value == 0
+    with pytest.raises(ValueError, match="compares like with like"):
+        lower_by(scores[0], scores[1])
 
 
 def test_reconstructions_are_a_sampler():

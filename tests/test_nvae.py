@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ncp_vae.bound import elbo, iwae
+from ncp_vae.engine.train import fit_vae
 from ncp_vae.models.batch_norm import readjusted_batch_norm
 from ncp_vae.models.cells import NormedConv2d, bottom_up_cell, top_down_cell
 from ncp_vae.models.nvae import NVAE, PRESETS, NVAEConfig, Preset, balance_alpha, gaussian, kl_balance, preset
@@ -183,6 +184,15 @@ def test_a_preset_has_the_published_shapes(name):
     assert len(trace.latents) == GROUPS[name]
     found = [(z.shape[1], *step.context.shape[1:3]) for step, z in zip(trace.steps, trace.latents) if step.index]
     assert list(dict.fromkeys(found)) == [(config.latent_channels, *pair) for pair in CONTEXTS[name]]
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal", "discretised_logistics"])
+@pytest.mark.parametrize("spoil", [lambda x: 255 * x, lambda x: 2 * x - 1, lambda x: x * float("nan")])
+def test_images_out_of_range_are_refused_by_every_likelihood(likelihood, spoil):
+    "Before a step is taken: `fit_vae` scores its first batch in eval mode. A Normal has all numbers as its support."
+    vae, x = NVAE(replace(TINY, likelihood=likelihood, mixtures=2)), torch.rand(8, *TINY.image_shape).round()
+    with pytest.raises(ValueError, match=r"takes images in \[0, 1\], got values from|NaN"):
+        fit_vae(vae, spoil(x), steps=1, batch_size=4, lr=1e-3, seed=0)
 
 
 @pytest.mark.parametrize("name, millions, flows", [("mnist", 44.1, False), ("fashion_mnist", 33.4, False), ("cifar10", 130.7, True),

@@ -17,7 +17,8 @@ def test_a_committed_run_is_whole(folder):
     record = json.loads((folder / "metrics.json").read_text())
     experiment = find_experiment(record["experiment"])
     assert experiment.check(record["params"]) == record["params"]          # its parameters are still the experiment's
-    assert set(record["params"]) == set(experiment.parameters) - {"run_dir"}
+    later = set(experiment.parameters) - {"run_dir"} - set(record["params"])           # what it could not be asked yet
+    assert not any(experiment.parameters[name].default for name in later)              # is off where nobody asks
     assert record["commit"] and not record["commit"].endswith("-dirty")
     assert all(metric["kind"] in KINDS for metric in record["metrics"].values())
     assert list((folder / "figures").glob("*.png"))

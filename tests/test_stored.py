@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from tiny import picture, write_folder
 
-from ncp_vae.engine import stored
-from ncp_vae.engine.stored import Augmented, Picture, Stored, prepare, reduce_bits
+from ncp_vae.engine import data, stored
+from ncp_vae.engine.data import Rows
+from ncp_vae.engine.stored import Augmented, Picture, Stored, open_image, prepare, reduce_bits
 from ncp_vae.engine.train import batches, fit, fit_vae, VAELoss
 from ncp_vae.models.flat import DenseVAE
 
@@ -52,6 +53,52 @@ def test_grey_and_palette_files_become_colour(tmp_path):
     for mode in ("L", "P", "RGBA"):
         Image.new("L", (8, 8), 100).convert(mode).save(tmp_path / "a.png")
         assert (EIGHT(tmp_path / "a.png") == 100).all()
+
+
+INK, OPACITY = np.array([200, 10, 90]), np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def palette_file(path, transparency):
+    "Sixteen colours k, drawn in a 16 x 16 square; which of them are transparent, and how much, stands in the file's header."
+    image = Image.new("P", (16, 16))
+    image.putpalette([channel for k in range(16) for channel in (k, 2 * k, 3 * k)])
+    image.putdata(list(range(16)) * 16)
+    image.save(path, transparency=transparency)
+    return np.array([[k, 2 * k, 3 * k] for k in range(16)] * 16).reshape(16, 16, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_half_transparent_pixels_are_laid_on_white(mode, tmp_path):
+    """Every opacity, of one ink, within half a level of a c + (1 - a) 255; what lies under full transparency is of no account."""
+    ink = INK if mode == "RGBA" else INK[:1]
+    pixels = np.concatenate([np.broadcast_to(ink, (16, 16, len(ink))), OPACITY[..., None]], -1).astype(np.uint8)
+    Image.fromarray(pixels.squeeze(), mode).save(tmp_path / "a.png")
+    seen = open_image(tmp_path / "a.png")
+    share = OPACITY[..., None] / 255
+    expected = (share * ink + (1 - share) * 255).squeeze()
+    assert seen.mode == ("RGB" if mode == "RGBA" else "L") and abs(np.asarray(seen) - expected).max() <= 0.5 + 1e-9
+    assert abs(np.asarray(Image.open(tmp_path / "a.png").convert(seen.mode)) - expected).max() > 50       # dropped, the broken twin
+    assert abs(Picture(16)(tmp_path / "a.png").transpose(1, 2, 0) - expected.reshape(16, 16, -1)).max() <= 0.5 + 1e-9
+
+
+def test_transparent_colours_of_a_palette_are_laid_on_white(tmp_path):
+    colours = palette_file(tmp_path / "a.png", bytes([0, 128] + [255] * 14))
+    seen, which = np.asarray(open_image(tmp_path / "a.png")), np.tile(np.arange(16), (16, 1))
+    assert (seen[which == 0] == 255).all() and (seen[which > 1] == colours[which > 1]).all()
+    assert abs(seen[which == 1] - (128 * colours[which == 1] + 127 * 255) / 255).max() <= 0.5 + 1e-9
+    colours = palette_file(tmp_path / "b.gif", 3)
+    seen = np.asarray(open_image(tmp_path / "b.gif"))
+    assert (seen[which == 3] == 255).all() and (seen[which != 3] == colours[which != 3]).all()
+
+
+@pytest.mark.parametrize("mode, key, mode_after", [("RGB", (10, 20, 30), "RGB"), ("L", 10, "L")])
+def test_a_key_colour_is_laid_on_white(mode, key, mode_after, tmp_path):
+    image = Image.new(mode, (8, 8), key)
+    image.paste(77 if mode == "L" else (77, 77, 77), (0, 0, 8, 4))
+    image.save(tmp_path / "a.png", transparency=key)
+    seen = open_image(tmp_path / "a.png")
+    pixels = np.asarray(seen).reshape(8, 8, -1)
+    assert seen.mode == mode_after and (pixels[:4] == 77).all() and (pixels[4:] == 255).all()
 
 
 @pytest.mark.parametrize("recipe, image, words", [
@@ -257,6 +304,46 @@ def test_bytes_of_rows_in_memory_are_theirs(small):
     """CIFAR-10's rows are floats in memory: they travel as the bytes that they were."""
     assert torch.equal(Augmented(small[:])[:], small.read(slice(None))) and Augmented(small[:])[3].dtype == torch.uint8
     assert torch.equal(Augmented(torch.arange(256).view(-1, 1, 1, 1) / 255)[:].flatten(), torch.arange(256, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Rows, lambda x: torch.utils.data.Subset(x, [0, 1]), lambda x: torch.utils.data.Subset(Rows(x), [1])])
+@pytest.mark.parametrize("spoil, words", [(lambda x: x + 0.01, r"\[0.01, 1.01\]; expected \[0, 1\]"), (lambda x: x - 0.01, r"\[-0.01, 0.99\]"),
+                                          (lambda x: x / 0, "NaN or infinite"), (lambda x: (255 * x).byte(), "torch.uint8"),
+                                          (lambda x: x.long(), "torch.int64"), (lambda x: x[:0], "empty")])
+def test_intensities_that_bytes_cannot_hold_are_refused_at_once(wrap, spoil, words):
+    """Where 1.01 would be the byte 2, without a word."""
+    ramp = torch.linspace(0, 1, 32).view(2, 1, 4, 4)
+    assert Augmented(wrap(ramp))[[0]].dtype == torch.uint8
+    with pytest.raises(ValueError, match=words):
+        Augmented(wrap(spoil(ramp)))
+
+
+def test_other_data_sets_are_checked_as_they_are_read():
+    class Own(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+        def __getitem__(self, index):
+            return torch.full((1, 2, 2), 1.01) if index == 3 else torch.ones(1, 2, 2)
+    assert Augmented(Own())[2].unique().tolist() == [255]
+    with pytest.raises(ValueError, match=r"\[1.01, 1.01\]; expected"):
+        Augmented(Own())[3]
+
+
+def test_a_subset_is_read_like_the_whole(small):
+    chosen = [7, 3, 3, 11]
+    for whole in (small, small[:], Rows(small[:])):
+        part = Augmented(torch.utils.data.Subset(whole, chosen), flip=True)
+        assert len(part) == 4 and part.image_shape == (3, 8, 8)
+        assert torch.equal(part[[0, 3, 1]], small.read([7, 11, 3])) and torch.equal(part[2], small.read(3))
+        assert torch.equal(torch.stack(part.__getitems__([3, 0])), small.read([11, 7]))
+    twice = torch.utils.data.Subset(torch.utils.data.Subset(small, chosen), [3, 0])
+    assert torch.equal(Augmented(twice)[[0, 1]], small.read([11, 7]))
+    batch = next(batches(Augmented(torch.utils.data.Subset(small, chosen), bits=2), 4, seed=0))
+    assert torch.equal(batch.flatten(1).sum(1).sort().values, reduce_bits(small.read(chosen), 2).flatten(1).sum(1).sort().values)
+
+
+def test_one_check_under_both_names():
+    assert data.check_images is stored.check_images
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: torch.utils.data.DataLoader(data, batch_size=5),

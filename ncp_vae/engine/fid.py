@@ -6,7 +6,7 @@
 __all__ = ['NVAE_50K_TRAIN', 'RAE_10K_TEST', 'JOINT_EBM_30K', 'PROTOCOLS', 'to_bytes', 'Checked', 'Given', 'FID', 'gaussian_of',
            'KID', 'kernel_distance', 'Protocol', 'ImageScores', 'process', 'batches_of', 'reference_indices',
            'claimed_name', 'ImageScorer', 'drawn', 'left_out_if_any', 'score_images', 'ClassifierFeatures',
-           'features_for', 'lower_by', 'Kept', 'reconstructions']
+           'features_for', 'lower_by', 'excess_left', 'Kept', 'reconstructions']
 
 # %% ../../nbs/engine/fid.ipynb #3f9d2477
 import warnings
@@ -276,7 +276,7 @@ class ClassifierFeatures(nn.Module):
     def __init__(self, net: FeatureNet):
         super().__init__()
         self.net = net.eval()
-        self.name = f"64 features of a classifier of {' x '.join(map(str, net.image_shape))} images"
+        self.name = net.named()
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
@@ -287,15 +287,15 @@ class ClassifierFeatures(nn.Module):
 
 def features_for(weights: str | Path | None, images: Tensor | None = None, labels: Tensor | None = None, *,
                  sha256: str | None = None, **training) -> nn.Module:
-    """What to measure images with: the FID Inception where `weights` names its file, else a classifier that is trained here.
+    """What to measure images with: the FID Inception where `weights` names its file, else a small net that is trained here.
 
-    sha256: of that file, None or "" for the standard one. images [N, C, H, W] in [0, 1], labels [N] and `training` are for
-    `fit_features`, and unused with a file. Raises ValueError where there is neither a file nor labels, and as `load_inception`
-    and `fit_features` do."""
+    sha256: of that file, None or "" for the standard one. images [N, C, H, W] in [0, 1], labels [N] or None for features without
+    labels, and `training` are for `fit_features`, and unused with a file. Raises ValueError where there is neither a file nor
+    images, and as `load_inception` and `fit_features` do."""
     if weights:
         return load_inception(weights, sha256 or STANDARD)
-    if images is None or labels is None:
-        raise ValueError("features_for: without a file of Inception weights a classifier is trained, which needs images and labels")
+    if images is None:
+        raise ValueError("features_for: without a file of Inception weights a net is trained, which needs images, and labels if there are any")
     return ClassifierFeatures(fit_features(images, labels, **training))
 
 # %% ../../nbs/engine/fid.ipynb #44ea2516
@@ -308,6 +308,20 @@ def lower_by(a: ImageScores, b: ImageScores) -> Score:
         raise ValueError(f"lower_by compares like with like, got {same[0]} and {same[1]}")
     error = None if a.left is None or b.left is None else jackknife_error(a.left - b.left)
     return Score(a.distance.value - b.distance.value, error, "estimate", a.generated)
+
+# %% ../../nbs/engine/fid.ipynb #9d7f9bea
+def excess_left(base: ImageScores, ncp: ImageScores, reconstruction: ImageScores) -> Score:
+    """The share (ncp - reconstruction) / (base - reconstruction) of the base's excess distance that is left, with a paired standard error.
+
+    The error is None where there were too few images. ValueError where the three were not scored alike, or there is no excess."""
+    floor = lower_by(base, reconstruction)
+    if floor.value <= 0:
+        raise ValueError(f"excess_left: the base must lie above the reconstructions, got {base.distance.value:.4g} and "
+                         f"{reconstruction.distance.value:.4g}")
+    won, error = lower_by(base, ncp), None
+    if won.std_error is not None and floor.std_error is not None:
+        error = jackknife_error((ncp.left - reconstruction.left) / (base.left - reconstruction.left))
+    return Score(1 - won.value / floor.value, error, "estimate", won.n)
 
 # %% ../../nbs/engine/fid.ipynb #4714e596
 class Kept:

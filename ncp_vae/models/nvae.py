@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_FLOWS', 'PRESETS', 'GROUPS', 'VAEBM', 'LIKE_15', 'PlainConfig', 'NVAEConfig', 'check_config', 'check_sizes',
            'gaussian', 'Group', 'BottomUp', 'top_down_groups', 'post_process', 'pixel_law', 'NVAE', 'check_batch',
-           'balance_alpha', 'kl_balance', 'Preset', 'celeba64', 'small', 'preset']
+           'check_range', 'balance_alpha', 'kl_balance', 'Preset', 'celeba64', 'small', 'preset']
 
 # %% ../../nbs/models/nvae.ipynb #ccdd03a5
 from dataclasses import asdict, dataclass, fields
@@ -198,7 +198,7 @@ class NVAE(TopDownVAE):
     """A deep hierarchy of convolutional latent groups (Vahdat and Kautz, 2020) without flows; see `NVAEConfig`.
 
     Images are [B, *image_shape] in [0, 1]. Group 0 has no context; the others' is the feature map that their prior is read from.
-    Raises ValueError for images of another shape, and in training mode for a batch of one."""
+    Raises ValueError for images of another shape, in training mode for a batch of one, and else for images that are not in [0, 1]."""
 
     def __init__(self, config: NVAEConfig):
         super().__init__()
@@ -215,7 +215,7 @@ class NVAE(TopDownVAE):
     def encode(self, x: Tensor) -> list[Tensor]:
         "x: [B, *image_shape] -> the feature maps of the bottom-up tower, one a group, top first."
         check_batch(self, len(x))
-        x = pad(check_shape(x, torch.Size(self.config.image_shape)), [self.config.padding] * 4)
+        x = pad(check_range(self, check_shape(x, torch.Size(self.config.image_shape))), [self.config.padding] * 4)
         return self.bottom_up(2 * x - 1)
 
     def walk(self, choose: Chooser, *, n: int | None = None, evidence: list[Tensor] | None = None) -> Trace:
@@ -239,6 +239,14 @@ def check_batch(vae: nn.Module, n: int) -> int:
         raise ValueError(f"{type(vae).__name__} in training mode got a batch of 1: batch norm needs at least 2 images; "
                          "call eval() first, or drop the last incomplete batch")
     return n
+
+def check_range(vae: nn.Module, x: Tensor) -> Tensor:
+    """x itself; ValueError where it is not in [0, 1], which a Normal likelihood would take without a word.
+
+    Not in training mode, where each step would wait for the answer: `fit_vae` scores a first batch before."""
+    if not vae.training and x.device.type != "meta" and not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(f"{type(vae).__name__} takes images in [0, 1], got values from {x.min().item():.4g} to {x.max().item():.4g}")
+    return x
 
 # %% ../../nbs/models/nvae.ipynb #bf6ae50f
 def balance_alpha(config: NVAEConfig) -> Tensor:
