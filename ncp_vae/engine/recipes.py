@@ -150,6 +150,7 @@ def rebuild_vae(folder: str | Path, params: dict) -> DenseHierarchy | NVAE:
     restore(vae, state, path)
     return vae.eval()
 
+# %% ../../nbs/engine/recipes.ipynb #74c22a47
 def stage_file(stage: int) -> str:
     "Where a run keeps the ratios of a stage, from 1: ncp.ckpt, ncp-2.ckpt, ..."
     return "ncp.ckpt" if stage == 1 else f"ncp-{stage}.ckpt"

@@ -333,14 +333,15 @@ PRESETS["photos32"] = Preset(
                likelihood="normal"), "photos32", 20, 64, 1e-2, from_source="Nothing.",
     inferred="All: the smallest NVAE of colour images, to try a page on crops of two photographs.")
 
+# %% ../../nbs/models/nvae.ipynb #bdf81b7b
 def small(image_shape: tuple[int, int, int], groups: tuple[int, ...], dataset: str, **more) -> Preset:
     "Half a million parameters for 8-bit images of 32x32 pixels, or 28x28 padded: an hour on one core."
     return Preset(NVAEConfig(image_shape, groups, channels=8, blocks=2, cells_per_block=1, latent_channels=4, cells_per_group=1,
                              likelihood="discretised_logistics", mixtures=5, **more), dataset, 20, 48, 1e-2,
                   from_source="Nothing.", inferred="All: what two cores can train, with latents of 4x4 and 8x8.")
 
-for groups in ((1, 1), (2, 3), (4, 6)):
-    PRESETS[f"fashion_mnist8-{sum(groups)}"] = small((1, 28, 28), groups, "fashion_mnist", padding=2)
+PRESETS |= {f"fashion_mnist8-{sum(groups)}": small((1, 28, 28), groups, "fashion_mnist", padding=2)
+            for groups in ((1, 1), (2, 3), (4, 6))}
 PRESETS["colour32"] = small((3, 32, 32), (2, 3), "folder")
 
 # %% ../../nbs/models/nvae.ipynb #b4e4f7bb
