@@ -1,6 +1,7 @@
 """Image scores: against closed forms, scipy and torchmetrics, over processes, and what is refused."""
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from sklearn.neighbors import KDTree
 from torch import nn
 
 from ncp_vae.engine.data import Rows
-from ncp_vae.engine.evaluate import nearest, nearest_in, neighbour_view
-from ncp_vae.engine.features import FeatureNet, frechet_distance
+from ncp_vae.engine.evaluate import Score, nearest, nearest_in, neighbour_view
+from ncp_vae.engine.features import FeatureNet, frechet_distance, jackknife_error, left_out
 from ncp_vae.engine.fid import (FID, KID, NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, Given,
-                                ImageScorer, Protocol, claimed_name, features_for, lower_by, reconstructions, reference_indices,
-                                score_images, to_bytes)
+                                ImageScorer, ImageScores, Protocol, claimed_name, excess_left, features_for, lower_by, reconstructions,
+                                reference_indices, score_images, to_bytes)
 from ncp_vae.models.flat import DenseVAE
 
 
@@ -276,6 +277,26 @@ def test_features_without_labels_are_named_so_and_never_compared_with_others():
     assert lower_by(scores[1], scores[2]).value == 0
     with pytest.raises(ValueError, match="compares like with like"):
         lower_by(scores[0], scores[1])
+
+
+def test_the_share_of_the_excess_is_known_where_the_distances_are():
+    """Means shifted by 0, 1, 2 and 3 in one feature, with the same rows: squared distances 0, 1, 4, 9, so a shift of 2 leaves
+    (4 - 1) / (9 - 1). The error is the jackknife's, and there is none to speak of where all blocks are alike."""
+    rows = randn(400, 8)
+    def scored(shift):
+        generated = rows.clone()
+        generated[:, 0] += shift
+        left = left_out(rows.double(), generated.double())
+        return ImageScores(Score(frechet_distance(rows, generated), jackknife_error(left), "estimate", 400), None, 400, 400, 0, 0, "given",
+                           "one", False, left)
+    found = excess_left(scored(3.0), scored(2.0), scored(1.0))
+    assert found.value == pytest.approx(3 / 8, abs=1e-5) and found.std_error < 1e-3 and found.n == 400
+    assert excess_left(scored(3.0), scored(1.0), scored(1.0)).value == pytest.approx(0, abs=1e-6)
+    assert excess_left(scored(3.0), scored(3.5), scored(1.0)).value > 1                  # a prior may make things worse
+    with pytest.raises(ValueError, match="the base must lie above the reconstructions"):
+        excess_left(scored(1.0), scored(2.0), scored(3.0))
+    few = replace(scored(3.0), left=None)
+    assert excess_left(few, scored(2.0), scored(1.0)).std_error is None
 
 
 def test_reconstructions_are_a_sampler():

@@ -164,7 +164,7 @@ DATA = {"mnist": "MNIST", "static_mnist": "static MNIST", "mnist5k": "5,000 digi
         "digits": "digits of 8×8 pixels", "fashion_mnist": "Fashion-MNIST",
         "omniglot": "Omniglot", "cifar10": "CIFAR-10", "celeba64": "CelebA-64",
         "celeba64_rae": "CelebA-64, RAE's crop", "celebahq256": "CelebA-HQ-256",
-        "gaussians25": "25 Gaussians", "photos32": "crops of two photographs"}
+        "gaussians25": "25 Gaussians", "photos32": "crops of two photographs", "folder": "a folder of images"}
 
 def named(data: str) -> str:
     "A data set's name for readers."
