@@ -118,6 +118,7 @@ def test_studies(command, tmp_path):
                              at_once=50, repeats=2, ess_proposals=16, held_out_images=64, feature_steps=4))
     params, metrics = result(tmp_path / "run", "studies")
     assert ("sir_4_memory" in metrics) == forget_peak()            # on some systems memory cannot be measured
+    assert {"sir_2_frechet", "budget_4_frechet", "smc_2_frechet", "pld_2_frechet", "jm_4_frechet"} <= set(metrics)
     assert {"sir_2_frechet", "ld_2_seconds_1", "ld_4_seconds_10", "rank_correlation", "loss_2", "ess_1"} <= set(metrics)
     assert metrics["sir_2_frechet"]["unit"] == "raw feature distance" and metrics["sir_2_frechet"]["paper"] is None
 
