@@ -47,6 +47,10 @@ def test_what_the_readme_claims():
     for name in ("hierarchical", "hierarchical_k1", "hierarchical_k2", "hierarchical_k4", "hierarchical_k10"):
         gain = metrics(name)["nll_gain"]
         assert gain["value"] > 5 * gain["std_error"] > 0
+    for name in ("images", "images_seed1"):                # the paper's own share, on CelebA-64, is 0.34
+        left = metrics(name)["excess_left"]
+        assert left["value"] + 3 * left["std_error"] < 0.34 and left["n"] == 10_000
+        assert metrics(name)["nll_gain_bound"]["value"] > 3 * metrics(name)["nll_gain_bound"]["std_error"]
     deep = metrics("hierarchical")
     assert deep["nll_base"]["value"] < 229.5 and deep["log_z"]["std_error"] < 0.23
     assert deep["budget_fraction"]["value"] < 0.2      # and no worse, by more than two of its errors, than all the proposals
