@@ -1,11 +1,14 @@
 """Any user's images: each run that takes a `folder`, through the installed command, on small PNG files of several sizes and modes."""
+import io
 import json
 import subprocess
+import sys
+import tarfile
 
 import nbformat
 import numpy as np
 import pytest
-from conftest import BIN
+from conftest import BIN, ROOT
 from PIL import Image
 from tiny import picture
 
@@ -81,3 +84,26 @@ def test_a_folder_that_will_not_do(name, given, words, images, tmp_path):
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200)
     assert done.returncode and words in done.stdout
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_the_emoji_package_is_split_by_base_picture(tmp_path):
+    "Eleven base pictures, of which every tenth is held out, skin tones and all; neither a package without pictures nor a full folder will do."
+    names = [f"1f6{i:02x}.png" for i in range(10)] + ["1f44b.png", *(f"1f44b-1f3f{tone}.png" for tone in "bcdef")]
+    def package(path, inside):
+        with tarfile.open(path, "w:gz") as archive:
+            for name in names:
+                entry = tarfile.TarInfo(f"{inside}/{name}")
+                entry.size = len(name)
+                archive.addfile(entry, io.BytesIO(name.encode()))
+        return path
+    def emoji(*words):
+        return subprocess.run([sys.executable, ROOT / "docs" / "emoji.py", *map(str, words)], text=True, capture_output=True, timeout=120)
+    right = package(tmp_path / "right.tgz", "package/img/google/64")
+    done = emoji(right, tmp_path / "out")
+    held = {path.name for path in (tmp_path / "out" / "test").iterdir()}
+    assert done.returncode == 0 and held == {"1f44b.png", *(f"1f44b-1f3f{tone}.png" for tone in "bcdef"), "1f609.png"}
+    assert {path.name for path in (tmp_path / "out" / "train").iterdir()} == set(names) - held
+    for words, said in [((right, tmp_path / "out"), "not an empty folder"), ((tmp_path / "no.tgz", tmp_path / "new"), "cannot be read"),
+                        ((package(tmp_path / "wrong.tgz", "package/img/apple/64"), tmp_path / "new"), "holds no package/img/google/64")]:
+        done = emoji(*words)
+        assert done.returncode and said in done.stderr and not (tmp_path / "new").exists()

@@ -30,3 +30,19 @@ def test_the_hierarchical_run_takes_an_nvae(command, tmp_path):
     command("ncp-vae", "run", "hierarchical", *given, "--out", tmp_path / "run", cwd=tmp_path)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]
     assert {"loss_1", "loss_2", "nll_gain", "mmd2_budgets", "frechet_most"} <= set(metrics) and "loss_3" not in metrics
+
+
+def test_the_images_run_takes_the_vae_of_another(command, tmp_path):
+    "Other ratios on the same VAE, whose checkpoint is copied; and a run on other data is refused."
+    small = dict(dataset="digits", model="nvae:digits", vae_steps=4, vae_batch=32, ncp_steps=3, ncp_batch=32, ncp_width=4, validation_images=32,
+                 held_out_images=32, limit=80, feature_steps=3, likelihood_images=0, pool=8, bn_batches=1)
+    def run(out, **given):
+        command("ncp-vae", "run", "images", *(f"-p{name}={value}" for name, value in {**small, **given}.items()), "--out", tmp_path / out, cwd=tmp_path)
+        return json.loads((tmp_path / out / "metrics.json").read_text())["metrics"]
+    first, second = run("first"), run("second", base=tmp_path / "first", ncp_steps=6, seed=1)
+    assert first["vae_parameters"] == second["vae_parameters"] and first["loss_1"]["value"] != second["loss_1"]["value"]
+    assert (tmp_path / "second" / "vae.ckpt").read_bytes() == (tmp_path / "first" / "vae.ckpt").read_bytes()
+    rows = [json.loads(line)["stage"] for line in (tmp_path / "second" / "history.jsonl").read_text().splitlines()]
+    assert "ncp" in rows and "vae" not in rows
+    with pytest.raises(pytest.fail.Exception, match="another validation_images"):
+        run("third", base=tmp_path / "first", validation_images=33)

@@ -104,6 +104,7 @@ class FeatureLoss(nn.Module):
 
     def forward(self, rows: Tensor, step: int) -> dict[str, Tensor]:
         return dict(loss=F.cross_entropy(self.net(rows[:, 1:].unflatten(1, self.net.image_shape)), rows[:, 0].long()))
+
 def check_labels(labels: Tensor, n: int) -> int:
     "How many classes n labels name; ValueError where they are not n of int64, from 0 up, of two classes at least."
     if labels.shape != (n,) or labels.dtype != torch.int64 or labels.min() < 0 or labels.max() < 1:
@@ -120,12 +121,8 @@ def all_turns(images: Tensor) -> Tensor:
     "Images [B, C, H, W] in each of the positions of `turns_of`, turned anticlockwise: [4 or 2, B, C, H, W]."
     return torch.stack([torch.rot90(images, turn, (2, 3)) for turn in turns_of(images.shape)])
 
-class TurnLoss(nn.Module):
+class TurnLoss(FeatureLoss):
     "The cross entropy, in nats, of telling by how much images, rows [B, C H W], were turned; each is seen in all its turns."
-    def __init__(self, net: FeatureNet):
-        super().__init__()
-        self.net = net
-
     def forward(self, rows: Tensor, step: int) -> dict[str, Tensor]:
         images = all_turns(rows.unflatten(1, self.net.image_shape))
         classes = torch.arange(len(images), device=rows.device).repeat_interleave(len(rows))

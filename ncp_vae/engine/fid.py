@@ -285,7 +285,7 @@ class ClassifierFeatures(nn.Module):
             raise ValueError(f"the network measures images of shape {self.net.image_shape}, got {tuple(images.shape[1:])}")
         return self.net.body(images.to(self.net.spread.device).float() / 255)
 
-def features_for(weights: str | Path | None, images: Tensor | None = None, labels: Tensor | None = None, *,
+def features_for(weights: str | Path | None, images: Tensor | Rows | None = None, labels: Tensor | None = None, *,
                  sha256: str | None = None, **training) -> nn.Module:
     """What to measure images with: the FID Inception where `weights` names its file, else a small net that is trained here.
 
@@ -294,8 +294,10 @@ def features_for(weights: str | Path | None, images: Tensor | None = None, label
     images, and as `load_inception` and `fit_features` do."""
     if weights:
         return load_inception(weights, sha256 or STANDARD)
-    if images is None:
-        raise ValueError("features_for: without a file of Inception weights a net is trained, which needs images, and labels if there are any")
+    images = images.images if isinstance(images, Rows) else images
+    if not isinstance(images, Tensor):
+        raise ValueError("features_for: without a file of Inception weights a net is trained, which needs images in memory, and labels if "
+                         f"there are any; got {type(images).__name__}")
     return ClassifierFeatures(fit_features(images, labels, **training))
 
 # %% ../../nbs/engine/fid.ipynb #44ea2516

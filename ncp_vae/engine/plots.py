@@ -96,9 +96,9 @@ def history_panels(path: str | Path) -> plt.Figure:
     return fig
 
 # %% ../../nbs/engine/plots.ipynb #e23c016f
-def group_panels(path: str | Path, ess: list[float], proposals: int, stage: str = "ncp") -> plt.Figure:
-    "As Fig. 4. path: a history with held-out rows of the stage. ess: of each group, among so many proposals."
-    rows = [row for row in read_history(path) if row["stage"] == f"{stage} held-out"]
+def group_panels(path: str | Path, ess: list[float], proposals: int) -> plt.Figure:
+    "As Fig. 4. path: a history with held-out rows of the first stage. ess: of each group, among so many proposals."
+    rows = [row for row in read_history(path) if row["stage"] == "ncp held-out"]
     colors = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(ess)).tolist())
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     for k, color in enumerate(colors):
