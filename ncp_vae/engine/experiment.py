@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RANGE', 'PRESETS', 'PACKAGES', 'KINDS', 'ATTEMPT', 'split_comment', 'inside', 'convert', 'Parameter',
            'parse_parameter', 'parse_parameters', 'unknown', 'Experiment', 'params_for', 'read_experiment', 'home',
-           'notebooks', 'find_experiment', 'output_of', 'commit', 'environment', 'Metric', 'finite', 'write_json',
-           'read_json', 'alive', 'state_of', 'begin', 'end', 'fresh_folder', 'new_run', 'resume_run', 'check_resume',
-           'folder_for', 'RunFolder', 'Run', 'write_record', 'read_record']
+           'data_folder', 'notebooks', 'find_experiment', 'output_of', 'commit', 'environment', 'Metric', 'finite',
+           'write_json', 'read_json', 'alive', 'state_of', 'begin', 'end', 'fresh_folder', 'new_run', 'resume_run',
+           'check_resume', 'folder_for', 'RunFolder', 'Run', 'write_record', 'read_record']
 
 # %% ../../nbs/engine/experiment.ipynb #1025cfb8
 import ast
@@ -211,6 +211,10 @@ def read_experiment(notebook: str | Path) -> Experiment:
 def home() -> Path:
     "The clone, with nbs/runs and runs in it: $NCP_VAE_HOME, or the folder above the package."
     return Path(os.environ.get("NCP_VAE_HOME") or Path(ncp_vae.__file__).parent.parent).absolute()
+
+def data_folder(data_root: str = "") -> Path:
+    "Where a run's data lie: data_root, or else $NCP_VAE_DATA, or else data/; below the clone where that is relative."
+    return home() / (data_root or os.environ.get("NCP_VAE_DATA", "data"))
 
 def notebooks() -> dict[str, Path]:
     "The run notebooks by name; ValueError where there is no clone."
