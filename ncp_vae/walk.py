@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Chooser', 'Step', 'Trace', 'TopDownVAE', 'rows', 'at_least_float32', 'diagonal_normal', 'FlatVAE', 'draw', 'tempered',
-           'seeded', 'from_prior', 'from_posterior', 'replay', 'WithPriors', 'check_step', 'check_trace']
+           'seeded', 'evaluating', 'from_prior', 'from_posterior', 'replay', 'WithPriors', 'check_step', 'check_trace']
 
 # %% ../nbs/theory/01_walk.ipynb #41e53b27
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Sequence
@@ -162,6 +163,22 @@ def seeded(generator: torch.Generator | None):
         if devices:
             torch.cuda.manual_seed_all(seed)
         yield
+
+@contextmanager
+def evaluating(*models: nn.Module):
+    "Inside, the models are in eval mode, and then as before; a warning where that matters."
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    told = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    if any(training and isinstance(module, told) for module, training in modes):
+        warnings.warn("a model with batch norm or dropout was in training mode: taken in eval mode "
+                      "instead", stacklevel=4)
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 # %% ../nbs/theory/01_walk.ipynb #969bcec4
 def from_prior(temperature: float = 1.0, generator: torch.Generator | None = None) -> Chooser:
