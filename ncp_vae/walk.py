@@ -227,7 +227,7 @@ class WithPriors(TopDownVAE):
                              "groups: give one a group, or None for its own prior")
         self.latent_shapes, self.context_shapes = vae.latent_shapes, vae.context_shapes
         self.vae = vae
-        self.laws = nn.ModuleDict({str(k): law for k, law in enumerate(laws) if law is not None})
+        self.laws = nn.ModuleList(laws)
 
     def train(self, mode: bool = True):
         "The mode of the laws, and of the VAE where it is trained."
@@ -244,9 +244,9 @@ class WithPriors(TopDownVAE):
         "The walk of `vae`; at each group the chooser meets the law instead of the prior."
         steps = []
         def offer(step: Step) -> Tensor:
-            if str(step.index) in self.laws:
-                law, n = self.laws[str(step.index)], step.prior.batch_shape[0]
-                step = replace(step, prior=law(step.context, n))
+            law = self.laws[step.index]
+            if law is not None:
+                step = replace(step, prior=law(step.context, step.prior.batch_shape[0]))
             steps.append(step)
             return choose(step)
         trace = self.vae.walk(offer, n=n, evidence=evidence)

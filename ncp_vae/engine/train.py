@@ -308,7 +308,7 @@ def description(module: nn.Module) -> dict:
     layout = str([(name, tuple(value.shape)) for name, value in module.state_dict().items()])
     about = dict(kind=type(module).__name__, parameters=sum(p.numel() for p in module.parameters()),
                  layout=sha256(layout.encode()).hexdigest()[:8])
-    return {**about, "config": module.config.to_dict()} if hasattr(module, "config") else about
+    return {**about, "config": module.config.to_dict()} if hasattr(getattr(module, "config", None), "to_dict") else about
 
 def fingerprint(of: Tensor | Dataset | DataLoader | nn.Module) -> str:
     "Eight digits that change with a network's weights, or a data set's length or one of 256 rows spread over it."
