@@ -164,6 +164,7 @@ def seeded(generator: torch.Generator | None):
             torch.cuda.manual_seed_all(seed)
         yield
 
+# %% ../nbs/theory/01_walk.ipynb #f00a1fb5
 @contextmanager
 def evaluating(*models: nn.Module):
     "Inside, the models are in eval mode, and then as before; a warning where that matters."
