@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Estimate', 'estimate_log_mean', 'log_sir_weight', 'prior_walks', 'log_pool', 'of_its_own', 'one_a_row',
-           'contexts_of', 'ReweightedPrior', 'Partition', 'NoiseContrastivePrior', 'sir_density_ratio']
+           'contexts_of', 'log_ratios_at', 'ReweightedPrior', 'Partition', 'NoiseContrastivePrior', 'sir_density_ratio']
 
 # %% ../nbs/theory/08_prior.ipynb #d4e41fb2
 from dataclasses import dataclass
@@ -102,6 +102,13 @@ def contexts_of(vae: TopDownVAE, latents: list[Tensor] | Trace) -> list[Tensor |
         return [None] * len(latents)
     return contexts_of(vae, vae.walk(replay(latents), n=len(latents[0])))
 
+# %% ../nbs/theory/08_prior.ipynb #7b8161ec
+def log_ratios_at(prior: "ReweightedPrior", zs: list[Tensor], contexts: list) -> list[Tensor]:
+    "log r_k(z_k, c(z_<k)) of each group: K tensors [B]; without gradients in eval mode."
+    groups = zip(prior.ratios, zs, contexts, prior.vae.latent_shapes)
+    with evaluating(*([] if torch.is_grad_enabled() else [prior])):
+        return [one_a_row(ratio(z, context), z, shape) for ratio, z, context, shape in groups]
+
 # %% ../nbs/theory/08_prior.ipynb #243f9200
 class ReweightedPrior(nn.Module):
     """r(z) p(z), not normalised: log r(z) = sum_k log r_k(z_k, c(z_<k)) (section 3.4).
@@ -120,9 +127,7 @@ class ReweightedPrior(nn.Module):
     def log_ratios(self, latents: list[Tensor] | Trace) -> list[Tensor]:
         "log r_k(z_k, c(z_<k)) of each group: K tensors [B], nats."
         zs = latents.latents if isinstance(latents, Trace) else latents
-        groups = zip(self.ratios, zs, contexts_of(self.vae, latents), self.vae.latent_shapes)
-        with evaluating(*([] if torch.is_grad_enabled() else [self])):
-            return [one_a_row(ratio(z, c), z, shape) for ratio, z, c, shape in groups]
+        return log_ratios_at(self, zs, contexts_of(self.vae, latents))
 
     def train(self, mode: bool = True):
         "The mode of the ratios; the frozen VAE stays in eval mode."
@@ -136,7 +141,7 @@ class ReweightedPrior(nn.Module):
 
     def log_weights(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         "log r at draws of the base prior, PIECE walks at a time: [num_samples], nats."
-        with torch.no_grad(), evaluating(self), seeded(generator):
+        with torch.no_grad(), seeded(generator):
             return torch.cat([self.log_ratio(walk) for walk in prior_walks(self.vae, num_samples)])
 
     def sample(self, n: int, sampler: Sampler = SIR(500), temperature: float = 1.0,

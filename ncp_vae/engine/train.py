@@ -129,6 +129,11 @@ class Machine:
         if not isinstance(self.parts, int) or self.parts < 1:
             raise ValueError(f"Machine: parts must be a whole number of at least 1, got {self.parts!r}")
 
+    def check_batch(self, rows: int) -> None:
+        "ValueError where a process's batch has too few rows for the parts."
+        if self.parts > max(1, rows):
+            raise ValueError(f"Machine: parts {self.parts} must be at most the batch of {rows}")
+
 # %% ../../nbs/engine/train.ipynb #6b010013
 def lr_factor(step: int, steps: int, lr: float, recipe: Recipe) -> float:
     "What lr is multiplied by at a step: a line up to 1, then a cosine down to lr_end / lr."
@@ -162,8 +167,7 @@ class Training:
         self.settings, self.machine, self.checkpoint, self.accelerator = settings, machine, checkpoint, Accelerator()
         if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError(f"{settings['name']}: there is no parameter to train")
-        if not 1 <= machine.parts <= max(1, settings["batch_size"] // self.accelerator.num_processes):
-            raise ValueError(f"Machine: parts {machine.parts} must be at most the batch of {settings['batch_size']}")
+        machine.check_batch(settings["batch_size"] // self.accelerator.num_processes)
         if checkpoint is not None:
             checkpoints.claim(checkpoint)
         kind = {"adam": torch.optim.Adam, "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
@@ -187,9 +191,7 @@ class Training:
         self.step = self.kept = saved["step"]
 
     def keep(self) -> None:
-        """Write the checkpoint, from the main process, unless it is there already or a step was left halfway.
-
-        FloatingPointError, and the old one stays, where a weight is not finite."""
+        "Write the checkpoint, unless it is there or a step was left halfway. FloatingPointError where a weight is not finite."
         if self.kept == self.step or not self.whole:
             return
         state = {key: part.state_dict() for key, part in self.parts.items()}
