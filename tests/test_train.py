@@ -295,6 +295,8 @@ def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
     history.write_text(json.dumps(dict(stage="vae", step=99)) + "\n")
     with pytest.raises(KeyboardInterrupt):
         fit(Squares(), Killed(), **settings)
+    with open(history, "a") as file:
+        file.write('{"stage": "squ')                         # a line that was being written
     path.write_bytes((tmp_path / "kept").read_bytes())       # what a kill between two checkpoints leaves: step 5, nine lines
     fit(Squares(), torch.ones(32, 3), **settings)
     rows = [json.loads(line) for line in history.read_text().splitlines()]

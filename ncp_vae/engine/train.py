@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MONITORED', 'collate', 'checked', 'arrive', 'EndlessBatches', 'batches', 'Recipe', 'Machine', 'lr_factor', 'agree',
-           'check_finite', 'Training', 'advance', 'open_history', 'fit', 'forked_rng', 'run_steps', 'VAELoss',
+           'check_finite', 'Training', 'advance', 'stays', 'open_history', 'fit', 'forked_rng', 'run_steps', 'VAELoss',
            'description', 'fingerprint', 'fit_vae', 'try_out', 'NCELoss', 'stages', 'default_ratios', 'described',
            'held_out_row', 'fit_ncp']
 
@@ -214,7 +214,7 @@ def advance(training: Training, stream: Iterator[Tensor]) -> dict[str, Tensor]:
             found = {key: value * (len(part) / len(x)) for key, value in training.model(part, at).items()}
         accelerator.backward(found["loss"])
         terms = {key: terms.get(key, 0) + value.detach() for key, value in found.items()}
-    slope = accelerator.clip_grad_norm_(training.model.parameters(), float("inf"))      # its norm; nothing is clipped
+    slope = nn.utils.get_total_norm([p.grad for p in training.model.parameters() if p.grad is not None])
     if not torch.isfinite(terms["loss"] + slope):
         raise FloatingPointError(f"{settings['name']}: the loss is {terms['loss'].item()} and its gradient's norm {slope.item()} at step {at} "
                                  f"of {settings['steps']}; begin anew with a lower lr than {settings['lr']}, or look at the data")
@@ -225,17 +225,27 @@ def advance(training: Training, stream: Iterator[Tensor]) -> dict[str, Tensor]:
     return terms
 
 # %% ../../nbs/engine/train.ipynb #f71a5dd8
+def stays(line: str, name: str, step: int) -> bool:
+    "Whether a line of history is whole, and not of the training `name` after `step`."
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return False                        # torn by a kill
+    return row["stage"] not in (name, name + " held-out") or row["step"] <= step
+
 def open_history(path: str | Path | None, name: str, step: int):
     """A function that appends one JSON line a call to `path` (None: nowhere).
 
-    Lines of the training `name` after `step`, from before a kill, are taken out: they will come again."""
+    Lines of the training `name` after `step`, from before a kill, and torn ones are taken out: they will come again."""
     if path is None:
         return lambda row: None
     path = checkpoints.claim(path)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    kept = [row for row in rows if row["stage"] not in (name, name + " held-out") or row["step"] <= step]
-    if len(kept) < len(rows):
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in lines if stays(line, name, step)]
+    if len(kept) < len(lines):
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        part.replace(path)
     def log(row: dict) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
