@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .walk import Step, TopDownVAE, Trace, check_trace, from_posterior, seeded
+from .walk import (Step, TopDownVAE, Trace, check_trace, evaluating, from_posterior,
+                          seeded)
 
 # %% ../nbs/theory/02_bound.ipynb #ea003d05
 class Elbo(NamedTuple):
@@ -53,10 +54,13 @@ def check_support(likelihood, x: Tensor) -> None:
 def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -> Elbo:
     """Eq. 2 with one posterior draw an image (Eq. 1 where K = 1). x: [B, *image].
 
+    Without gradients the VAE is taken in eval mode (see `evaluating`).
+
     Raises ValueError where a shape of the walk is not what `vae` declares, or x is not what
     p(x | z) can produce."""
-    trace = check_trace(vae, vae.walk(from_posterior(generator), evidence=vae.encode(x)), len(x))
-    check_support(trace.likelihood, x)
+    with evaluating(*([] if torch.is_grad_enabled() else [vae])):
+        trace = vae.walk(from_posterior(generator), evidence=vae.encode(x))
+    check_support(check_trace(vae, trace, len(x)).likelihood, x)
     reconstruction = trace.likelihood.log_prob(x)
     kl = torch.stack([kl_of(step, z) for step, z in zip(trace.steps, trace.latents)], dim=-1)
     return Elbo(reconstruction - kl.sum(-1), reconstruction, kl)
@@ -74,8 +78,9 @@ def paired_iwae(vae: TopDownVAE, x: Tensor, num_samples: int,
     Raises ValueError where num_samples < 1, and as `elbo` does."""
     if num_samples < 1:
         raise ValueError(f"iwae: num_samples must be at least 1, got {num_samples}")
-    evidence, total = vae.encode(x), None
-    with seeded(generator):
+    total = None
+    with evaluating(*([] if torch.is_grad_enabled() else [vae])), seeded(generator):
+        evidence = vae.encode(x)
         for _ in range(num_samples):
             trace = vae.walk(from_posterior(), evidence=evidence)
             if total is None:

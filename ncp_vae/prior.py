@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Estimate', 'estimate_log_mean', 'log_sir_weight', 'prior_walks', 'log_pool', 'of_its_own', 'one_a_row',
-           'contexts_of', 'ReweightedPrior', 'Partition', 'NoiseContrastivePrior', 'sir_density_ratio']
+           'contexts_of', 'log_ratios_at', 'ReweightedPrior', 'Partition', 'NoiseContrastivePrior', 'sir_density_ratio']
 
 # %% ../nbs/theory/08_prior.ipynb #d4e41fb2
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from .nce import RatioEstimator
 from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size, one_a_group,
                                 pareto_k_hat, proposals_of)
-from .walk import Step, TopDownVAE, Trace, from_prior, replay, seeded
+from .walk import Step, TopDownVAE, Trace, evaluating, from_prior, replay, seeded
 
 # %% ../nbs/theory/08_prior.ipynb #acebb686
 @dataclass
@@ -102,6 +102,13 @@ def contexts_of(vae: TopDownVAE, latents: list[Tensor] | Trace) -> list[Tensor |
         return [None] * len(latents)
     return contexts_of(vae, vae.walk(replay(latents), n=len(latents[0])))
 
+# %% ../nbs/theory/08_prior.ipynb #7b8161ec
+def log_ratios_at(prior: "ReweightedPrior", zs: list[Tensor], contexts: list) -> list[Tensor]:
+    "log r_k(z_k, c(z_<k)) of each group: K tensors [B]; without gradients in eval mode."
+    groups = zip(prior.ratios, zs, contexts, prior.vae.latent_shapes)
+    with evaluating(*([] if torch.is_grad_enabled() else [prior])):
+        return [one_a_row(ratio(z, context), z, shape) for ratio, z, context, shape in groups]
+
 # %% ../nbs/theory/08_prior.ipynb #243f9200
 class ReweightedPrior(nn.Module):
     """r(z) p(z), not normalised: log r(z) = sum_k log r_k(z_k, c(z_<k)) (section 3.4).
@@ -120,8 +127,7 @@ class ReweightedPrior(nn.Module):
     def log_ratios(self, latents: list[Tensor] | Trace) -> list[Tensor]:
         "log r_k(z_k, c(z_<k)) of each group: K tensors [B], nats."
         zs = latents.latents if isinstance(latents, Trace) else latents
-        groups = zip(self.ratios, zs, contexts_of(self.vae, latents), self.vae.latent_shapes)
-        return [one_a_row(ratio(z, context), z, shape) for ratio, z, context, shape in groups]
+        return log_ratios_at(self, zs, contexts_of(self.vae, latents))
 
     def train(self, mode: bool = True):
         "The mode of the ratios; the frozen VAE stays in eval mode."
@@ -141,7 +147,8 @@ class ReweightedPrior(nn.Module):
     def sample(self, n: int, sampler: Sampler = SIR(500), temperature: float = 1.0,
                generator: torch.Generator | None = None) -> Trace:
         "n finished walks; `.likelihood.mean` are the images. Which law: see the sampler."
-        return sampler.sample(self, n, temperature, generator)
+        with evaluating(self):
+            return sampler.sample(self, n, temperature, generator)
 
 # %% ../nbs/theory/08_prior.ipynb #71beb943
 class Partition(Protocol):
@@ -167,8 +174,10 @@ class NoiseContrastivePrior(ReweightedPrior):
         ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are zero."""
         if num_samples < 2:
             raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")
-        estimate = (estimate_log_mean(self.log_weights(num_samples, generator)) if method is None
-                    else method.log_partition(self, num_samples, generator))
+        with evaluating(self):
+            estimate = (estimate_log_mean(self.log_weights(num_samples, generator))
+                        if method is None
+                        else method.log_partition(self, num_samples, generator))
         self.log_z.fill_(estimate.value), self.log_z_std_error.fill_(estimate.std_error)
         return estimate
 
@@ -205,7 +214,7 @@ def sir_density_ratio(ncp: ReweightedPrior, proposals: int | Sequence[int],
     own = of_its_own(generator)
     def pool(step):
         return log_pool(ncp.ratios[step.index], step, budgets[step.index] - 1, own)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(ncp):
         first = pool(ncp.vae.walk(from_prior(generator=own), n=1).steps[0])
     def log_ratio(latents):
         if len(budgets) > 1 and not isinstance(latents, Trace):

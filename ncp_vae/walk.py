@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Chooser', 'Step', 'Trace', 'TopDownVAE', 'rows', 'at_least_float32', 'diagonal_normal', 'FlatVAE', 'draw', 'tempered',
-           'seeded', 'from_prior', 'from_posterior', 'replay', 'check_step', 'check_trace']
+           'seeded', 'evaluating', 'from_prior', 'from_posterior', 'replay', 'WithPriors', 'check_step', 'check_trace']
 
 # %% ../nbs/theory/01_walk.ipynb #41e53b27
+import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,12 @@ class TopDownVAE(nn.Module):
         Give `n` rows or `evidence` (see `rows`)."""
         raise NotImplementedError(f"{type(self).__name__} must define "
                                   "walk(choose, n=..., evidence=...)")
+
+    def sample(self, n: int, temperature: float = 1.0,
+               generator: torch.Generator | None = None) -> Trace:
+        "n finished walks of the prior, without gradients; `.likelihood.mean` are the images."
+        with torch.no_grad():
+            return self.walk(from_prior(temperature, generator), n=n)
 
 # %% ../nbs/theory/01_walk.ipynb #2a671e77
 def rows(n: int | None, evidence_rows: int | None) -> int:
@@ -157,6 +164,23 @@ def seeded(generator: torch.Generator | None):
             torch.cuda.manual_seed_all(seed)
         yield
 
+# %% ../nbs/theory/01_walk.ipynb #f00a1fb5
+@contextmanager
+def evaluating(*models: nn.Module):
+    "Inside, the models are in eval mode, and then as before; a warning where that matters."
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    told = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    if any(training and isinstance(module, told) for module, training in modes):
+        warnings.warn("a model with batch norm or dropout was in training mode: taken in eval mode "
+                      "instead", stacklevel=4)
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
 # %% ../nbs/theory/01_walk.ipynb #969bcec4
 def from_prior(temperature: float = 1.0, generator: torch.Generator | None = None) -> Chooser:
     "Choose z_k ~ p(z_k | z_<k), its standard deviation times `temperature`."
@@ -188,6 +212,46 @@ def replay(latents: list[Tensor]) -> Chooser:
                              f"the walk needs {tuple(shape)}")
         return z
     return choose
+
+# %% ../nbs/theory/01_walk.ipynb #42fcd58a
+class WithPriors(TopDownVAE):
+    """The walk of `vae` with other priors: p(z_k | z_<k) = laws[k](c(z_<k), n).
+
+    A law is a module; law(context, n) has batch [n] and event latent_shapes[k]. None keeps the
+    group's own prior. A VAE whose parameters need no gradient stays in eval mode: only the laws
+    are trained. ValueError where the number of laws is not that of the groups."""
+
+    def __init__(self, vae: TopDownVAE, laws: Sequence[nn.Module | None]):
+        super().__init__()
+        if len(laws) != len(vae.latent_shapes):
+            raise ValueError(f"{len(laws)} laws for a VAE of {len(vae.latent_shapes)} latent "
+                             "groups: give one a group, or None for its own prior")
+        self.latent_shapes, self.context_shapes = vae.latent_shapes, vae.context_shapes
+        self.vae = vae
+        self.laws = nn.ModuleList(laws)
+
+    def train(self, mode: bool = True):
+        "The mode of the laws, and of the VAE where it is trained."
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vae.parameters()):
+            self.vae.eval()
+        return self
+
+    def encode(self, x: Tensor) -> Any:
+        "The evidence of `vae`."
+        return self.vae.encode(x)
+
+    def walk(self, choose: Chooser, *, n: int | None = None, evidence: Any = None) -> Trace:
+        "The walk of `vae`; at each group the chooser meets the law instead of the prior."
+        steps = []
+        def offer(step: Step) -> Tensor:
+            law = self.laws[step.index]
+            if law is not None:
+                step = replace(step, prior=law(step.context, step.prior.batch_shape[0]))
+            steps.append(step)
+            return choose(step)
+        trace = self.vae.walk(offer, n=n, evidence=evidence)
+        return replace(trace, steps=steps)
 
 # %% ../nbs/theory/01_walk.ipynb #520fc554
 def check_step(vae: TopDownVAE, step: Step, n: int) -> Step:

@@ -38,7 +38,7 @@ vae = DenseVAE((2, 2), 2, hidden=(8,), sigma=0.1)
 fit_vae(vae, Slow(), steps=steps, batch_size=8, lr=1e-3, seed=seed, history=run.path("history.jsonl"),
         checkpoint=run.path("vae.pt"))"""
 NOTEBOOKS = {
-    "counts": [FINISH],
+    "counts": ["import torch\nrun.path('threads').write_text(str(torch.get_num_threads()))", FINISH],
     "raises": ["1 / 0", FINISH],
     "vanishes": ["import os; os._exit(0)", FINISH],
     "leaves": ["import sys; sys.exit(0)", FINISH],
@@ -72,10 +72,11 @@ def clone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(clone):
     "Start the command; whatever still runs at the end of the tests is ended."
-    begun = []
+    begun, env = [], {**os.environ, "NCP_VAE_HOME": str(clone)}
+    env.pop("OMP_NUM_THREADS", None)                                  # the command chooses
     def start(*arguments, command=COMMAND):
-        begun.append(subprocess.Popen([*command, *map(str, arguments)], env={**os.environ, "NCP_VAE_HOME": str(clone)}, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        begun.append(subprocess.Popen([*command, *map(str, arguments)], env=env, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE))
         return begun[-1]
     yield start
     for process in begun:
@@ -186,6 +187,7 @@ def test_a_run_that_succeeds(ended):
     raw = json.loads((folder / "metrics.json").read_text())
     assert set(raw) == {"experiment", "preset", "params", "commit", "environment", "seconds", "metrics"}
     assert raw["params"] == {"seed": 0, "steps": 3, "name": '"b"'} and raw["preset"] == "smoke"
+    assert (folder / "threads").read_text() == "1"                   # the command's own choice
     assert raw["metrics"]["steps"] == dict(value=3.0, std_error=0.5, unit="1", kind="estimate", n=3, paper=4.0)
     assert {"notebook.ipynb", "params.json", "environment.json", "log.txt"} <= {path.name for path in folder.iterdir()}
     assert not any(path.suffix == ".part" for path in folder.iterdir())

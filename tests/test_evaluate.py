@@ -1,14 +1,20 @@
 """Scores against closed forms and against scikit-learn."""
 import math
+import warnings
 
 import pytest
 import torch
 from sklearn.neighbors import KDTree
+from torch import nn
 
+from ncp_vae.bound import elbo, iwae
 from ncp_vae.engine.evaluate import average, block_mmd2, compare, group_logits, group_reports, log_likelihoods, nearest, sir_ess
+from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
+from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.nce import RatioEstimator
 from ncp_vae.prior import NoiseContrastivePrior
+from ncp_vae.sampling import SIR
 from ncp_vae.walk import FlatVAE, diagonal_normal, from_prior
 
 
@@ -134,3 +140,51 @@ def test_nearest_agrees_with_a_kd_tree():
 def test_average_adds_a_shared_error_in_quadrature():
     plain, shared = average(torch.randn(100), "estimate"), average(torch.zeros(100), "estimate", extra_std_error=0.3)
     assert shared.std_error == pytest.approx(0.3) and plain.n == 100
+
+
+class Normed(DenseVAE):
+    "Batch norm on both sides."
+    def __init__(self):
+        super().__init__((1, 4, 4), 2, (8,))
+        self.encoder.insert(1, nn.BatchNorm1d(8))
+        self.decoder.insert(1, nn.BatchNorm1d(8))
+
+
+class NormedRatio(MLPRatio):
+    "Batch norm in front."
+    def __init__(self):
+        super().__init__(2, hidden=(8,))
+        self.norm = nn.BatchNorm1d(2)
+
+    def condition(self, context):
+        inner = super().condition(context)
+        return lambda z: inner(self.norm(z.reshape(-1, 2)).view(z.shape))
+
+
+def test_a_forgotten_eval_is_mended_and_told():
+    """Numbers of a model in training mode are those of eval mode, to the bit, with a warning; the mode and the running
+    statistics stay. With gradients, as in a training, the mode is the caller's."""
+    torch.manual_seed(0)
+    x, vae = torch.bernoulli(torch.rand(20, 1, 4, 4)), Normed()
+    vae.walk(from_prior(), n=50)                                      # running statistics that are not a batch's
+    ncp = NoiseContrastivePrior(vae, [NormedRatio()])
+    def generator():
+        return torch.Generator().manual_seed(0)
+    def found():
+        with torch.no_grad():
+            values = [elbo(vae, x, generator()).elbo, iwae(vae, x, 3, generator=generator())]
+        values += [torch.tensor(ncp.log_partition(50, generator()).value), ncp.sample(5, SIR(4), generator=generator()).latents[0]]
+        values += [torch.tensor([report.loss for report in group_reports(ncp, x, 0)]),
+                   torch.tensor([score.value for score in sir_ess(ncp, 5, 4, 0)])]
+        scores, _ = compare(ncp, x, num_samples=2, log_z_samples=20, proposals=4, seed=0)
+        return [*values, torch.tensor([scores.base.value, scores.ncp.value, scores.ncp_bound.value])]
+    ncp.eval()
+    right, state = found(), {name: value.clone() for name, value in ncp.state_dict().items() if "log_z" not in name}
+    ncp.train(), vae.train()
+    with pytest.warns(UserWarning, match="was in training mode: taken in eval mode"):
+        again = found()
+    assert all(torch.equal(a, b) for a, b in zip(right, again)) and vae.training and ncp.ratios[0].norm.training
+    assert all(torch.equal(value, ncp.state_dict()[name]) for name, value in state.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not torch.equal(elbo(vae, x, generator()).elbo, right[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncp_vae.bound import elbo
-from ncp_vae.engine.train import Recipe, fit, fit_ncp, fit_vae, stages
+from ncp_vae.engine.train import Machine, Recipe, fit, fit_ncp, fit_vae, stages
 from ncp_vae.models.hierarchical import DenseHierarchy, hidden_for
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.sampling import SIR
@@ -68,9 +68,9 @@ def test_held_out_diagnosis_changes_no_bit_of_the_training(tmp_path):
 def test_a_switch_changes_the_result_by_rounding_only(switch):
     "Ten steps of both trainings: the walk's prior means agree to 2 % of their size (bf16 has 8 bits), logits to 0.05 nats."
     results = []
-    for recipe in (Recipe(), Recipe(**{switch: True})):
-        vae = fit_vae(small(2), IMAGES, recipe=recipe, **{**FEW, "steps": 10})
-        ncp = fit_ncp(vae, IMAGES, recipe=recipe, **{**FEW, "steps": 10})
+    for machine in (Machine(), Machine(**{switch: True})):
+        vae = fit_vae(small(2), IMAGES, machine=machine, **{**FEW, "steps": 10})
+        ncp = fit_ncp(vae, IMAGES, machine=machine, **{**FEW, "steps": 10})
         trace = vae.walk(from_prior(generator=torch.Generator().manual_seed(3)), n=16)
         results.append((trace.likelihood.mean.detach(), ncp.log_ratio(trace).detach()))
     (mean, log_r), (other_mean, other_log_r) = results

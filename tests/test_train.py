@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ncp_vae.engine.train import EndlessBatches, Recipe, VAELoss, fit, fit_ncp, fit_vae
+from ncp_vae.engine.train import EndlessBatches, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
+from ncp_vae.resampling import SIR
 from ncp_vae.walk import FlatVAE, diagonal_normal
 
 KILLED = """
@@ -96,7 +97,7 @@ def test_the_ratio_is_found_where_it_is_known():
 
 
 def test_batches_of_an_epoch_cover_it_once_in_every_process():
-    world = [iter(EndlessBatches(24, 4, seed=1, rank=rank, world=2)) for rank in range(2)]
+    world = [iter(EndlessBatches(24, 8, seed=1, rank=rank, world=2)) for rank in range(2)]
     epoch = [i for _ in range(3) for stream in world for i in next(stream)]
     assert sorted(epoch) == list(range(24))
 
@@ -107,6 +108,15 @@ def test_bad_settings_are_named(change, words):
     settings = {**dict(steps=1, batch_size=8, lr=1e-3, seed=0), **change}
     with pytest.raises(ValueError, match=words):
         fit_vae(DenseVAE((2,), 2, hidden=(8,), sigma=0.5), torch.rand(64, 2), **settings)
+
+
+def test_a_batch_is_that_of_all_processes():
+    "Two processes with batch_size 8 take 4 images each, and together those of one process."
+    alone = next(iter(EndlessBatches(24, 8, seed=1)))
+    shares = [next(iter(EndlessBatches(24, 8, seed=1, rank=rank, world=2))) for rank in range(2)]
+    assert [len(share) for share in shares] == [4, 4] and sum(shares, []) == alone
+    with pytest.raises(ValueError, match="batch_size 9 must be a multiple of the 2 processes"):
+        EndlessBatches(24, 9, seed=1, world=2)
 
 
 def test_nothing_is_overwritten_by_a_nan(tmp_path):
@@ -133,13 +143,161 @@ class Squares(nn.Module):
 
 
 def test_the_gradients_of_a_batch_in_parts_add_up_to_the_batchs(tmp_path):
-    "Ten rows in three parts of four, four and two: float32 sums in another order, 1e-5 after twenty steps."
+    "Ten rows in three parts of four, three and three: float32 sums in another order, 1e-5 after twenty steps."
     x, found, logged = torch.randn(40, 3), [], []
     for parts in (1, 3):
         loss, history = Squares(), tmp_path / f"{parts}.jsonl"
-        fit(loss, x, steps=20, batch_size=10, lr=0.1, seed=0, name="squares", recipe=Recipe(parts=parts), history=history, log_every=10)
+        fit(loss, x, steps=20, batch_size=10, lr=0.1, seed=0, name="squares", machine=Machine(parts=parts), history=history, log_every=10)
         found.append(loss.w.detach().cpu())
         logged.append([json.loads(line)["loss"] for line in history.read_text().splitlines()])
     assert torch.allclose(*found, atol=1e-5) and logged[0] == pytest.approx(logged[1], abs=1e-4)
     with pytest.raises(ValueError, match="parts must be a whole number of at least 1, got 0"):
-        Recipe(parts=0)
+        Machine(parts=0)
+
+
+class Spoilt(nn.Module):
+    """A loss with batch norm. From `step` on, what is `bad` is not finite: the batch (and so the running means), or the gradient
+    of a loss that is zero (that of a square root at 0, times 0)."""
+    def __init__(self, bad, step):
+        super().__init__()
+        self.norm, self.w = nn.BatchNorm1d(2), nn.Parameter(torch.ones(2))
+        self.bad, self.at = bad, step
+
+    def forward(self, x, step):
+        bad = self.bad if step >= self.at else ""
+        y = self.norm(x * float("nan") if bad == "batch" else x) * self.w
+        return dict(loss=(self.w * 0).sqrt().sum() if bad == "gradient" else (y - x).square().mean())
+
+
+@pytest.mark.parametrize("bad", ["batch", "gradient"])
+@pytest.mark.parametrize("at", [3, 5])
+def test_only_finite_steps_are_taken_and_kept(bad, at, tmp_path):
+    "Also in the last of six steps; the checkpoint is finite, and a training that is sound goes on from it."
+    x, path = torch.rand(32, 2, generator=torch.Generator().manual_seed(0)), tmp_path / "a.ckpt"
+    few = dict(steps=6, batch_size=8, lr=1e-2, seed=0, name="spoilt", checkpoint=path, save_every=0.0)
+    loss = Spoilt(bad, at)
+    with pytest.raises(FloatingPointError, match=f"at step {at} of 6.*begin anew with a lower lr than 0.01"):
+        fit(loss, x, **few)
+    assert torch.isfinite(loss.w).all()
+    saved = torch.load(path, weights_only=True)
+    assert saved["step"] == at and all(torch.isfinite(value).all() for value in saved["loss"].values())
+    sound, whole = Spoilt("", 0), Spoilt("", 0)
+    fit(sound, x, **few)
+    fit(whole, x, **{**few, "checkpoint": None})
+    assert all(torch.equal(a, b) for a, b in zip(sound.state_dict().values(), whole.state_dict().values()))
+
+
+class Far(nn.Module):
+    "Loss 0 and gradient -1 at a weight near the largest float32: a step of 1e37 overflows."
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(3.4e38))
+
+    def forward(self, x, step):
+        return dict(loss=3.4e38 - self.w)
+
+
+def test_weights_that_are_not_finite_are_neither_kept_nor_returned(tmp_path):
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(FloatingPointError, match="after step 1 of 1 w is not finite; begin anew with a lower lr than 1e\\+37"):
+        fit(Far(), torch.rand(32, 3), steps=1, batch_size=8, lr=1e37, seed=0, name="far", checkpoint=path)
+    assert not path.exists()
+
+
+FEW = dict(steps=4, batch_size=8, lr=1e-3, seed=0)
+
+
+def test_a_training_goes_on_with_another_machine_but_not_with_another_recipe(tmp_path):
+    def train(steps, **how):
+        return fit(Squares(), x, **{**FEW, "steps": 8}, name="squares", checkpoint=path, **how)
+    class Stop(Exception):
+        pass
+    def stop():
+        raise Stop
+    x, path = torch.rand(32, 3), tmp_path / "a.ckpt"
+    with pytest.raises(Stop):
+        train(8, monitor=stop)
+    train(8, machine=Machine(parts=4, channels_last=True))
+    assert torch.load(path, weights_only=True)["step"] == 8
+    with pytest.raises(ValueError, match="of another training: recipe"):
+        train(8, recipe=Recipe(weight_decay=0.1))
+
+
+def test_ratios_of_another_vae_data_or_base_are_not_taken_up(tmp_path):
+    "Same shapes, same settings: only the values differ."
+    x, path = torch.rand(32, 1, generator=torch.Generator().manual_seed(0)), tmp_path / "ncp.ckpt"
+    def small():
+        torch.manual_seed(0)
+        return [MLPRatio(1, hidden=(4,))]
+    one, other = Shifted(1.0), Shifted(1.1)
+    ncp = fit_ncp(one, x, ratios=small(), checkpoint=path, **FEW)
+    assert torch.equal(fit_ncp(one, x, ratios=small(), checkpoint=path, **FEW).log_ratio([x]), ncp.log_ratio([x]))
+    with pytest.raises(ValueError, match="frozen is .* there and .* here"):
+        fit_ncp(other, x, ratios=small(), checkpoint=path, **FEW)
+    moved = x.clone()
+    moved[17] += 0.5
+    for data in (moved, torch.utils.data.TensorDataset(moved), x[:31]):
+        with pytest.raises(ValueError, match="data is .* there and .* here"):
+            fit_ncp(one, data, ratios=small(), checkpoint=path, **FEW)
+    path = tmp_path / "ncp-2.ckpt"
+    fit_ncp(one, x, ratios=small(), base=ncp, sampler=SIR(4), checkpoint=path, **FEW)
+    with pytest.raises(ValueError, match="sampler is .* there and .* here"):
+        fit_ncp(one, x, ratios=small(), base=ncp, sampler=SIR(8), checkpoint=path, **FEW)
+    with torch.no_grad():
+        next(ncp.ratios.parameters()).add_(1)
+    with pytest.raises(ValueError, match="base is .* there and .* here"):
+        fit_ncp(one, x, ratios=small(), base=ncp, sampler=SIR(4), checkpoint=path, **FEW)
+
+
+class Rows(nn.Module):
+    "Remembers how many rows each call had."
+    def __init__(self):
+        super().__init__()
+        self.w, self.seen = nn.Parameter(torch.zeros(())), []
+
+    def forward(self, x, step):
+        self.seen.append(len(x))
+        return dict(loss=(x * self.w).mean())
+
+
+def test_parts_are_of_nearly_one_size():
+    "Seven rows in three parts: none is of a single row, which batch norm refuses."
+    loss = Rows()
+    fit(loss, torch.rand(14, 1), steps=1, batch_size=7, lr=1e-3, seed=0, name="rows", machine=Machine(parts=3))
+    assert loss.seen == [3, 2, 2]
+    with pytest.raises(ValueError, match="parts 8 must be at most the batch of 7"):
+        fit(loss, torch.rand(14, 1), steps=1, batch_size=7, lr=1e-3, seed=0, name="rows", machine=Machine(parts=8))
+
+
+def test_eight_images_are_tried_before_the_first_step(monkeypatch):
+    vae, seen = DenseVAE((2,), 2, hidden=(8,), sigma=0.5), []
+    encode = DenseVAE.encode
+    monkeypatch.setattr(DenseVAE, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+    fit_vae(vae, torch.rand(64, 2), steps=1, batch_size=32, lr=1e-3, seed=0)
+    assert max(seen[:-1]) == 8 and seen[-1] == 32
+
+
+def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
+    "The lines after the checkpoint's step, written before a kill, come again: they are taken out. Other trainings' lines stay."
+    path, history = tmp_path / "a.ckpt", tmp_path / "history.jsonl"
+    class Killed(torch.utils.data.Dataset):
+        reads = 0
+        def __len__(self):
+            return 32
+        def __getitems__(self, rows):
+            self.reads += 1
+            if self.reads == 6:
+                (tmp_path / "kept").write_bytes(path.read_bytes())
+            if self.reads == 10:
+                raise KeyboardInterrupt
+            return torch.ones(len(rows), 3)
+    settings = dict(steps=12, batch_size=8, lr=1e-3, seed=0, name="squares", checkpoint=path, history=history, log_every=1, save_every=0.0)
+    history.write_text(json.dumps(dict(stage="vae", step=99)) + "\n")
+    with pytest.raises(KeyboardInterrupt):
+        fit(Squares(), Killed(), **settings)
+    with open(history, "a") as file:
+        file.write('{"stage": "squ')                         # a line that was being written
+    path.write_bytes((tmp_path / "kept").read_bytes())       # what a kill between two checkpoints leaves: step 5, nine lines
+    fit(Squares(), torch.ones(32, 3), **settings)
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [99, *range(1, 13)]

@@ -96,13 +96,14 @@ class Progress:
 # %% ../../nbs/engine/cli.ipynb #acffa2d4
 @contextmanager
 def started_kernel(log, folder: Path):
-    "A kernel of this Python, at work in `folder`; shut down at the end."
+    "A kernel of this Python, at work in `folder`, with one thread unless OMP_NUM_THREADS says more; shut down at the end."
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
     manager = AsyncKernelManager(kernel_name="python3")
     manager.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher",
                                 "-f", "{connection_file}"]
-    run_sync(manager.start_kernel)(cwd=str(folder), stdout=log, stderr=log)
+    run_sync(manager.start_kernel)(cwd=str(folder), stdout=log, stderr=log,
+                                   env={"OMP_NUM_THREADS": "1", **os.environ})
     try:
         yield manager
     finally:

@@ -25,7 +25,7 @@ from ..nce import RatioEstimator, RatioReport, diagnose
 from ..prior import Estimate, NoiseContrastivePrior, Partition
 from ..resampling import SIR, log_ratio_at
 from ..stages import Negatives, prior_negatives
-from ..walk import Step, TopDownVAE, Trace, check_step, from_posterior, from_prior, seeded
+from ..walk import Step, TopDownVAE, Trace, check_step, evaluating, from_posterior, from_prior, seeded
 
 # %% ../../nbs/engine/evaluate.ipynb #77fef826
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def average(values: Tensor, kind: str, extra_std_error: float = 0.0) -> Score:
 # %% ../../nbs/engine/evaluate.ipynb #76a40ded
 def device_of(vae: TopDownVAE) -> torch.device:
     "Where its walks are."
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(vae):
         return vae.walk(from_prior(), n=1).latents[0].device
 
 def log_likelihoods(vae: TopDownVAE, images: Tensor, num_samples: int, seed: int,
@@ -70,7 +70,7 @@ class Likelihoods:
 # %% ../../nbs/engine/evaluate.ipynb #1abbda64
 def pool_std_error(ncp: NoiseContrastivePrior, num_samples: int, generator: torch.Generator) -> float:
     "Of the log mean ratio of S = num_samples proposals of the first group: (1 / ESS - 1 / S)^(1/2), nats."
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(ncp):
         step = ncp.vae.walk(from_prior(), n=1).steps[0]
         ess = SIR(num_samples).resample(ncp.ratios[0].condition(step.context), step.prior, generator).ess.item()
     return max(0.0, 1 / ess - 1 / num_samples) ** 0.5
@@ -83,7 +83,8 @@ def copy_likelihoods(ncp: NoiseContrastivePrior, images: Tensor, num_samples: in
     for i, x in enumerate(tqdm(images.split(PART), "likelihoods", mininterval=10.0, leave=False)):
         bound = [ncp.sir_log_ratio(proposals, pools)] if i * PART < bounded else []
         part_seed = (seed * 1_000_003 + i) * 1_009 + 7
-        values.append(log_likelihoods(ncp.vae, x, num_samples, part_seed, [None, ncp.normalised_log_ratio, *bound]))
+        with evaluating(ncp):
+            values.append(log_likelihoods(ncp.vae, x, num_samples, part_seed, [None, ncp.normalised_log_ratio, *bound]))
     return torch.cat([v[:2] for v in values], dim=1), torch.cat([v[2:].flatten() for v in values])
 
 # %% ../../nbs/engine/evaluate.ipynb #981853c3
@@ -143,7 +144,7 @@ def group_reports(ncp: NoiseContrastivePrior, images: Tensor, seed: int, batch_s
     Of a first stage the sum of their `kl_bound` is, but for its errors, at most KL(q || p), what a perfect ratio would win of
     the bound on average; of a later one it is about the stages before. negatives: what the ratios were trained against, where that is not the base prior."""
     generator, device = torch.Generator().manual_seed(seed), device_of(ncp.vae)
-    with torch.no_grad(), seeded(generator):
+    with torch.no_grad(), evaluating(ncp), seeded(generator):
         parts = [group_logits(ncp.vae, ncp.ratios, x.to(device), negatives) for x in images.split(batch_size)]
     return [diagnose(*(torch.cat(kind) for kind in zip(*group))) for group in zip(*parts)]
 
@@ -155,7 +156,7 @@ def sir_ess(ncp: NoiseContrastivePrior, n: int, proposals: int, seed: int) -> li
         result = sampler.resample(ncp.ratios[step.index].condition(step.context), step.prior, generator)
         ess.append(average(result.ess.cpu(), "estimate"))
         return result.z
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(ncp):
         ncp.vae.walk(choose, n=n)
     return ess
 

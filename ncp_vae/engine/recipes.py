@@ -18,7 +18,7 @@ from . import checkpoint
 from .data import Rows
 from .experiment import home, read_json, state_of
 from .stored import Stored, reduce_bits
-from .train import Recipe
+from .train import Machine, Recipe
 from ..models.hierarchical import DenseHierarchy, hidden_for
 from ..models.nvae import NVAE, preset
 from ..models.ratios import ConvRatio, MLPRatio
@@ -48,32 +48,29 @@ def network(model: str, image_shape, *, mean: Tensor | None = None, groups: int 
     return NVAE(config)
 
 # %% ../../nbs/engine/recipes.ipynb #3ac5a671
-def settings_for(model: str, n_images: int, *, steps: int = 0, batch_size: int = 128, lr: float = 2e-3, bf16: bool = False,
-                 compile: bool = False) -> dict:
+def settings_for(model: str, n_images: int, *, steps: int = 0, batch_size: int = 128, lr: float = 2e-3) -> dict:
     """What `fit_vae` is to be given for the model besides the data and the seed.
 
     n_images: of the training set, from which a preset's epochs become steps. steps: 0 for all epochs of the preset; a dense model
-    needs a number. batch_size, lr: of the dense model; a preset has its own (at most all images). bf16, compile: see `Recipe`."""
-    switches = dict(bf16=bf16, compile=compile)
+    needs a number. batch_size, lr: of the dense model; a preset has its own (at most all images)."""
     if model == "dense":
         return dict(steps=steps, batch_size=batch_size, lr=lr, kl_warmup=steps // 10,
-                    recipe=Recipe(lr_warm_up=steps // 50, **switches))
+                    recipe=Recipe(lr_warm_up=steps // 50))
     chosen = preset(model.removeprefix("nvae:"))
     batch_size = min(chosen.batch_size, n_images)
     epoch = n_images // batch_size
     steps = steps or chosen.epochs * epoch
-    adamax = Recipe("adamax", chosen.lr_min, min(steps // 10, chosen.warm_up_epochs * epoch), chosen.weight_decay,
-                    channels_last=True, **switches)
+    adamax = Recipe("adamax", chosen.lr_min, min(steps // 10, chosen.warm_up_epochs * epoch), chosen.weight_decay)
     return dict(steps=steps, batch_size=batch_size, lr=chosen.lr, kl_warmup=round(chosen.kl_warm_up * steps),
-                recipe=adamax, kl_balance=True, spectral=chosen.spectral)
+                recipe=adamax, machine=Machine(channels_last=True), kl_balance=True,
+                spectral=chosen.spectral)
 
 # %% ../../nbs/engine/recipes.ipynb #185a4416
 def build_vae(model: str, image_shape, n_images: int, *, steps: int = 0, mean: Tensor | None = None, groups: int = 4,
-              latents: int = 16, state: int = 32, parameters: int = 40000, batch_size: int = 128, lr: float = 2e-3,
-              bf16: bool = False, compile: bool = False) -> tuple[DenseHierarchy | NVAE, dict]:
+              latents: int = 16, state: int = 32, parameters: int = 40000, batch_size: int = 128, lr: float = 2e-3) -> tuple[DenseHierarchy | NVAE, dict]:
     "The VAE (see `network`) and the keyword arguments of its `fit_vae` (see `settings_for`)."
     vae = network(model, image_shape, mean=mean, groups=groups, latents=latents, state=state, parameters=parameters)
-    return vae, settings_for(model, n_images, steps=steps, batch_size=batch_size, lr=lr, bf16=bf16, compile=compile)
+    return vae, settings_for(model, n_images, steps=steps, batch_size=batch_size, lr=lr)
 
 # %% ../../nbs/engine/recipes.ipynb #f35d9aa7
 def is_binary(vae: TopDownVAE) -> bool:

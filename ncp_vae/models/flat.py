@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from .config import configured
 from .likelihoods import bernoulli, normal
 from ..walk import FlatVAE, at_least_float32, diagonal_normal
 
@@ -40,6 +41,7 @@ def check_shape(x: Tensor, image_shape: torch.Size) -> Tensor:
     return x
 
 # %% ../../nbs/models/flat.ipynb #7aaa30a1
+@configured
 class DenseVAE(FlatVAE):
     """Multilayer perceptrons both ways, a diagonal Normal posterior.
 
@@ -77,6 +79,7 @@ def lars_vae(mean: Tensor, latent_dim: int = 50) -> DenseVAE:
     return DenseVAE(mean.shape, latent_dim, hidden=(300, 300), activation=nn.Tanh, mean=mean)
 
 # %% ../../nbs/models/flat.ipynb #0fdf805d
+@configured
 class ConvVAE(FlatVAE):
     """A small convolutional VAE with a Bernoulli likelihood.
 
@@ -126,6 +129,7 @@ def rae_decoder(image_shape: torch.Size, latent_dim: int, width: int) -> nn.Sequ
     return nn.Sequential(*layers, nn.ConvTranspose2d(filters, channels, 5, padding=2), nn.Sigmoid())
 
 # %% ../../nbs/models/flat.ipynb #b20ae960
+@configured
 class RaeVAE(FlatVAE):
     """The VAE that Ghosh et al. (2020) compare with, and Table 7 too: convolutions, a Normal likelihood around [0, 1].
 

@@ -11,6 +11,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor, nn
 
+from .config import configured
 from .flat import check_shape, mlp
 from .likelihoods import bernoulli
 from ..walk import Chooser, Step, TopDownVAE, Trace, at_least_float32, diagonal_normal, rows
@@ -46,6 +47,7 @@ class DenseGroup(nn.Module):
         return state + self.cell(torch.cat([state, z], -1))
 
 # %% ../../nbs/models/hierarchical.ipynb #29ccea93
+@configured
 class DenseHierarchy(TopDownVAE):
     """Multilayer perceptrons around a running state; a Bernoulli likelihood.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cells import SqueezeExcite, squares
+from .config import configured
 from ..nce import RatioEstimator
 
 # %% ../../nbs/models/ratios.ipynb #4f1ec2a6
@@ -20,6 +21,7 @@ def size(shape) -> torch.Size:
     return torch.Size([shape] if isinstance(shape, int) else shape)
 
 # %% ../../nbs/models/ratios.ipynb #b22f2225
+@configured
 class MLPRatio(RatioEstimator):
     """log r(z, c) by a multilayer perceptron on the flattened latent and, where there is one, context.
 
@@ -103,6 +105,7 @@ def check_maps(latent_shape: torch.Size, context_shape: torch.Size | None, width
         raise ValueError(f"ConvRatio: width must be an even number of at least 2, got {width}")
 
 # %% ../../nbs/models/ratios.ipynb #8aa61ad0
+@configured
 class ConvRatio(RatioEstimator):
     """log r(z, c) by the classifier of App. E, Fig. 5 and Table 9, in nats.
 

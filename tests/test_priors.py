@@ -1,16 +1,18 @@
-"""The RAE net, and a Gaussian mixture as the base prior of a flat VAE."""
+"""Other base priors, a Gaussian mixture among them, alone and under a noise contrastive prior; and the RAE net."""
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from ncp_vae.bound import elbo, iwae
-from ncp_vae.engine.train import fit_ncp
+from ncp_vae.engine.train import fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE, RaeVAE
-from ncp_vae.models.mixture import GaussianMixture, MixturePriorVAE, fit_mixture
+from ncp_vae.models.hierarchical import DenseHierarchy
+from ncp_vae.models.priors import GaussianMixture, NormalMixture, fit_mixture
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.prior import NoiseContrastivePrior
-from ncp_vae.sampling import SIR, Langevin
-from ncp_vae.walk import from_posterior, from_prior
+from ncp_vae.sampling import HMC, MALA, SIR, SMC, Langevin, proposal_budget
+from ncp_vae.walk import WithPriors, diagonal_normal, from_posterior, from_prior, replay
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,13 @@ def test_the_density_is_torchs_own():
     weights, means, roots = parameters()
     theirs = MixtureSameFamily(Categorical(weights), MultivariateNormal(means, scale_tril=roots))
     z = 2 * torch.randn(7, 2, 4)
-    assert torch.allclose(GaussianMixture(2, weights, means, roots).log_prob(z), theirs.log_prob(z), atol=1e-4)
+    assert torch.allclose(NormalMixture(2, weights, means, roots).log_prob(z), theirs.log_prob(z), atol=1e-4)
 
 
 def test_one_component_is_a_normal_whose_draws_have_its_moments():
     """Five standard errors on each of 4 means and, relative to 1/sqrt(n), on the 16 covariances: a sound one fails once in 10^5."""
     _, means, roots = parameters(components=1)
-    z = GaussianMixture(1, torch.ones(1), means, roots).sample((40_000,)).squeeze(1)
+    z = NormalMixture(1, torch.ones(1), means, roots).sample((40_000,)).squeeze(1)
     covariance = roots[0] @ roots[0].T
     scale = covariance.diagonal().sqrt()
     assert ((z.mean(0) - means[0]) / scale * 200).abs().max() < 5
@@ -52,7 +54,7 @@ def test_one_component_is_a_normal_whose_draws_have_its_moments():
 def test_a_draw_picks_components_by_their_weights():
     """Components far apart: counts of 20,000 draws within five binomial standard errors."""
     weights = torch.tensor([0.1, 0.6, 0.3])
-    z = GaussianMixture(1, weights, torch.tensor([[-50.0], [0.0], [50.0]]), torch.ones(3, 1, 1)).sample((20_000,)).flatten()
+    z = NormalMixture(1, weights, torch.tensor([[-50.0], [0.0], [50.0]]), torch.ones(3, 1, 1)).sample((20_000,)).flatten()
     counts = torch.stack([(z < -25).sum(), (z.abs() < 25).sum(), (z > 25).sum()])
     assert ((counts - 20_000 * weights).abs() < 5 * (20_000 * weights * (1 - weights)).sqrt()).all()
 
@@ -60,25 +62,25 @@ def test_a_draw_picks_components_by_their_weights():
 def test_the_fit_is_a_function_of_the_seed_and_leaves_the_global_numbers_alone(vae):
     images = torch.rand(100, 1, 4, 4)
     before = torch.get_rng_state()
-    first, again = (fit_mixture(vae, images, components=2, seed=3) for _ in range(2))
+    first, again = (GaussianMixture.fit(vae, images, components=2, seed=3) for _ in range(2))
     assert torch.equal(first.means, again.means) and torch.equal(torch.get_rng_state(), before)
     assert first.weights.sum().item() == pytest.approx(1, abs=1e-6) and (first.roots.triu(1) == 0).all()
 
 
 def test_encoder_and_decoder_are_the_vaes_own(vae, mixed):
     x = torch.rand(5, 1, 4, 4)
-    assert torch.equal(mixed.posterior(x).mean, vae.posterior(x).mean)
+    assert torch.equal(mixed.encode(x).mean, vae.posterior(x).mean)
     one, other = (m.walk(from_posterior(torch.Generator().manual_seed(0)), evidence=m.encode(x)) for m in (vae, mixed))
     assert torch.equal(one.likelihood.mean, other.likelihood.mean)
     assert elbo(mixed, x).kl.shape == (5, 1) and iwae(mixed, x, 3).shape == (5,)
 
 
 def test_the_state_holds_vae_and_mixture(vae, mixed):
-    twin = MixturePriorVAE(DenseVAE((1, 4, 4), 3, (16,), sigma=0.1), *(torch.zeros_like(x) for x in (mixed.weights, mixed.means,
-                                                                                                  torch.eye(3).expand(2, 3, 3))))
+    law = GaussianMixture(torch.zeros(2), torch.zeros(2, 3), torch.eye(3).repeat(2, 1, 1))
+    twin = WithPriors(DenseVAE((1, 4, 4), 3, (16,), sigma=0.1), [law])
     twin.load_state_dict(mixed.state_dict())
     z = torch.randn(4, 3)
-    assert torch.equal(twin.prior(4).log_prob(z), mixed.prior(4).log_prob(z))
+    assert torch.equal(twin.walk(replay([z]), n=4).log_prior(), mixed.walk(replay([z]), n=4).log_prior())
 
 
 def test_a_ratio_is_trained_on_it_and_sampled(mixed):
@@ -93,8 +95,8 @@ def test_sir_on_it_reaches_the_reweighted_law():
     class Step(MLPRatio):
         def condition(self, context):
             return lambda z: (z[..., 0] > 0) * torch.tensor(3.0).log()
-    base = MixturePriorVAE(DenseVAE((1, 2, 2), 1, (4,), sigma=0.1), torch.tensor([0.5, 0.5]), torch.tensor([[-9.0], [9.0]]),
-                           torch.ones(2, 1, 1))
+    law = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1, 1))
+    base = WithPriors(DenseVAE((1, 2, 2), 1, (4,), sigma=0.1), [law])
     z = NoiseContrastivePrior(base, [Step(1, hidden=(2,))]).sample(4000, SIR(200)).latents[0]
     assert abs((z > 0).double().mean().item() - 0.75) < 5 * (0.75 * 0.25 / 4000) ** 0.5 + 0.005     # SIR's own bias at M = 200
 
@@ -102,10 +104,79 @@ def test_sir_on_it_reaches_the_reweighted_law():
 def test_what_it_refuses(vae, mixed):
     images = torch.rand(100, 1, 4, 4)
     for wrong in [dict(components=0), dict(components=20)]:
-        with pytest.raises(ValueError, match="fit_mixture: latents must be vectors"):
+        with pytest.raises(ValueError, match="GaussianMixture.fit: images must be at least 2 D a component, got latents of D = 3"):
             fit_mixture(vae, images, **wrong)
     with pytest.raises(TypeError, match="Normal priors"):
         mixed.walk(from_prior(temperature=0.7), n=2)
+    with pytest.raises(ValueError, match="2 laws for a VAE of 1 latent groups"):
+        WithPriors(vae, [None, None])
+
+
+IMAGES = torch.bernoulli(torch.rand(256, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+FEW = dict(steps=40, batch_size=64, lr=1e-2, seed=0)
+
+
+def hierarchy():
+    torch.manual_seed(0)
+    return fit_vae(DenseHierarchy((1, 4, 4), groups=2, latent_dim=2, hidden=8, width=8), IMAGES, **FEW)
+
+
+class Conditional(nn.Module):
+    "A law that looks at the context: N(A c, I)."
+    def __init__(self, context, dim):
+        super().__init__()
+        self.linear = nn.Linear(context, dim)
+
+    def forward(self, context, n):
+        loc = self.linear(context)
+        return diagonal_normal(loc, torch.ones_like(loc))
+
+
+def test_a_conditional_law_in_a_hierarchy_is_trained_post_hoc():
+    "The VAE stays as it is, to the bit; the bound rises, since the law starts far off."
+    vae = hierarchy().requires_grad_(False)
+    before = [value.clone() for value in vae.state_dict().values()]
+    torch.manual_seed(1)
+    model = WithPriors(vae, [None, Conditional(*vae.context_shapes[1], 2)])
+    def bound():
+        return elbo(model, IMAGES, torch.Generator().manual_seed(0)).elbo.mean().item()
+    start = bound()
+    model = fit_vae(model, IMAGES, **FEW)
+    assert bound() > start and all(torch.equal(a, b) for a, b in zip(before, vae.state_dict().values()))
+
+
+def test_a_law_is_trained_jointly():
+    vae = hierarchy()
+    model = WithPriors(vae, [None, Conditional(*vae.context_shapes[1], 2)])
+    before = [parameter.clone() for parameter in model.parameters()]
+    fit_vae(model, IMAGES, **FEW)
+    moved = [name for (name, parameter), old in zip(model.named_parameters(), before) if not torch.equal(parameter, old)]
+    assert "laws.1.linear.weight" in moved and any(name.startswith("vae.") for name in moved)
+
+
+def test_an_ncp_on_a_mixture_in_a_hierarchy_does_what_any_ncp_does():
+    vae = hierarchy()
+    base = WithPriors(vae, [GaussianMixture.fit(vae, IMAGES, components=2), None])
+    ncp = fit_ncp(base, IMAGES, **FEW)
+    ncp.log_partition(200, torch.Generator().manual_seed(0), SMC(4))
+    for sampler in (SIR(8), SIR([4, 8]), SMC(4), Langevin(3, 0.01), MALA(3, 0.01), HMC(3, 0.01)):
+        walk = ncp.sample(6, sampler, generator=torch.Generator().manual_seed(0))
+        assert walk.likelihood.mean.shape == (6, 1, 4, 4) and torch.isfinite(ncp.log_prob(walk)).all()
+    for log_ratio in (ncp.normalised_log_ratio, ncp.sir_log_ratio(8)):
+        assert torch.isfinite(iwae(base, IMAGES[:5], 3, log_ratio)).all()
+    assert len(proposal_budget(ncp, 16, 4.0, images=IMAGES[:50])) == 2
+    again = fit_ncp(base, IMAGES, base=ncp, sampler=SIR(4), **FEW)
+    assert again.sample(3, SIR(4)).latents[1].shape == (3, 2)
+
+
+def test_a_mixture_may_be_of_maps():
+    "Latents [2, 1, 2]: the density is that of the four numbers."
+    weights, means, roots = parameters()
+    law = GaussianMixture(weights, means, roots, torch.Size([2, 1, 2]))
+    z = law(None, 5).sample((3,))
+    assert z.shape == (3, 5, 2, 1, 2)
+    assert torch.equal(law(None, 5).log_prob(z), NormalMixture(5, weights, means, roots).log_prob(z.flatten(2)))
+    assert law(None, 5).support.check(z).shape == (3, 5)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)])
