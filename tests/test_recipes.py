@@ -33,7 +33,7 @@ def make_run(folder, model="dense"):
     data = Binarized(images)
     fit_vae(vae, data, seed=0, checkpoint=folder / "vae.ckpt", **settings)
     ncp = fit_ncp(vae, data, ratios=ratios_for(vae, 8), steps=3, batch_size=64, lr=1e-2, seed=0, checkpoint=folder / "ncp.ckpt",
-                  recipe=settings["recipe"])
+                  machine=settings["machine"])
     write_papers(folder, "hierarchical", dict(model=model, ncp_width=8, dataset="digits", **DENSE))
     return ncp
 
@@ -148,7 +148,7 @@ def test_a_run_of_images_is_built_again(tmp_path):
     data, settings["batch_size"] = Augmented(images, flip=True), 8
     fit_vae(vae, data, seed=0, checkpoint=tmp_path / "vae.ckpt", **settings)
     before = fit_ncp(vae, data, ratios=ratios_for(vae, 4), steps=2, batch_size=8, lr=1e-2, seed=0, checkpoint=tmp_path / "ncp.ckpt",
-                     recipe=settings["recipe"])
+                     machine=settings["machine"])
     write_papers(tmp_path, "images", dict(model="nvae:photos32", ncp_width=4, dataset="photos32"))
     assert same_ratios(before, trained(tmp_path)[0])
 

@@ -55,7 +55,7 @@ def settings_for(model: str, n_images: int, *, steps: int = 0, batch_size: int =
     needs a number. batch_size, lr: of the dense model; a preset has its own (at most all images)."""
     if model == "dense":
         return dict(steps=steps, batch_size=batch_size, lr=lr, kl_warmup=steps // 10,
-                    recipe=Recipe(lr_warm_up=steps // 50))
+                    recipe=Recipe(lr_warm_up=steps // 50), machine=Machine())
     chosen = preset(model.removeprefix("nvae:"))
     batch_size = min(chosen.batch_size, n_images)
     epoch = n_images // batch_size
