@@ -1,8 +1,8 @@
-"""Unpack the emoji pictures of an npm package into FOLDER/train and FOLDER/test, near-duplicates on one side.
+"""Unpack the emoji pictures of an npm package into FOLDER/train and FOLDER/test, near-duplicates on one side. From the clone:
 
     npm pack emoji-datasource-google@15.1.2
-    python docs/emoji.py emoji-datasource-google-15.1.2.tgz FOLDER
-    ncp-vae run images -p dataset=folder -p data_root=FOLDER -p side=32 -p model=nvae:colour32
+    python docs/emoji.py emoji-datasource-google-15.1.2.tgz data/emoji
+    ncp-vae run images -p dataset=folder -p data_root=data/emoji -p side=32 -p model=nvae:colour32
 
 Licence, as the package states it: its code is MIT (LICENSE, Copyright (c) 2013 Cal Henderson); the pictures are those of Noto Emoji,
 v2.042, and "Android/Google/Noto images, are available under the Apache License 2.0" (README.md). Neither is part of this repository.

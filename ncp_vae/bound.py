@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .walk import (Step, TopDownVAE, Trace, check_trace, evaluating, from_posterior,
-                          seeded)
+from .walk import Step, TopDownVAE, Trace, check_trace, from_posterior, scoring, seeded
 
 # %% ../nbs/theory/02_bound.ipynb #ea003d05
 class Elbo(NamedTuple):
@@ -54,11 +53,11 @@ def check_support(likelihood, x: Tensor) -> None:
 def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -> Elbo:
     """Eq. 2 with one posterior draw an image (Eq. 1 where K = 1). x: [B, *image].
 
-    Without gradients the VAE is taken in eval mode (see `evaluating`).
+    Without gradients the VAE is taken in eval mode (see `scoring`).
 
     Raises ValueError where a shape of the walk is not what `vae` declares, or x is not what
     p(x | z) can produce."""
-    with evaluating(*([] if torch.is_grad_enabled() else [vae])):
+    with scoring(vae):
         trace = vae.walk(from_posterior(generator), evidence=vae.encode(x))
     check_support(check_trace(vae, trace, len(x)).likelihood, x)
     reconstruction = trace.likelihood.log_prob(x)
@@ -79,7 +78,7 @@ def paired_iwae(vae: TopDownVAE, x: Tensor, num_samples: int,
     if num_samples < 1:
         raise ValueError(f"iwae: num_samples must be at least 1, got {num_samples}")
     total = None
-    with evaluating(*([] if torch.is_grad_enabled() else [vae])), seeded(generator):
+    with scoring(vae), seeded(generator):
         evidence = vae.encode(x)
         for _ in range(num_samples):
             trace = vae.walk(from_posterior(), evidence=evidence)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from .chains import MALA, Langevin
-from .nce import Measured, mean_of
+from .measured import Measured, mean_of
 from .prior import PIECE, Estimate, estimate_log_mean, of_its_own
 from .resampling import (SIR, Reweighted, Sampler, effective_sample_size, log_ratio_at,
                                 one_a_group, proposals_of, whole)
@@ -63,7 +63,7 @@ def law_gap(ncp: Reweighted, num_samples: int, proposals: int | Sequence[int],
     log_zs = torch.cat(parts)                                # sum_k log Z_k of each walk
     log_z = log_zs.logsumexp(0) - log(len(log_zs))
     influence = (log_zs - log_z).exp() - (log_zs - log_zs.mean())
-    return Measured((log_z - log_zs.mean()).item(), mean_of(influence).std_error)
+    return Measured((log_z - log_zs.mean()).item(), mean_of(influence).std_error, n=num_samples)
 
 # %% ../nbs/theory/09_hierarchy.ipynb #d47eb3dd
 def systematic(log_weights: Tensor) -> Tensor:

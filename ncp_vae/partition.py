@@ -140,7 +140,7 @@ def bridge(log_r_p: Tensor, log_r_q: Tensor) -> Estimate:
     variance = (-over.logsumexp(0)).exp().item() - 1 / n - 1 / m
     ess = min(effective_sample_size(side, 0).item() for side in (over, under))
     k_hat = max(map(pareto_k_hat, (over, under)), key=lambda k: (k == k, k))   # NaN counts least
-    return Estimate(value, sqrt(max(0.0, variance)), 0.0, ess, k_hat, n + m)
+    return Estimate(value, sqrt(max(0.0, variance)), n=n + m, ess=ess, k_hat=k_hat)
 
 # %% ../nbs/theory/10_log_z.ipynb #90fc8d4c
 class Bridge:

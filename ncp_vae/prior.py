@@ -15,24 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from .measured import Measured
 from .nce import RatioEstimator
 from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size, one_a_group,
                                 pareto_k_hat, proposals_of)
-from .walk import Step, TopDownVAE, Trace, evaluating, from_prior, replay, seeded
+from .walk import Step, TopDownVAE, Trace, evaluating, from_prior, replay, scoring, seeded
 
 # %% ../nbs/theory/08_prior.ipynb #acebb686
-@dataclass
-class Estimate:
+@dataclass(frozen=True)
+class Estimate(Measured):
     """A Monte Carlo estimate of log Z, in nats, and what is known of its error.
 
+    value is the log of the mean of n unbiased estimates of Z, which may be single weights, and
+    std_error is by the delta method: sqrt(Var(w) / n) / mean(w).
     From below, as plain importance sampling, `SMC` and `AIS` have it. `ReverseAIS` comes from above, and
     its bias is positive; that of `Bridge` is not known, and stands as 0."""
-    value: float        # log of the mean of S unbiased estimates of Z, which may be single weights
-    std_error: float    # delta method: sqrt(Var(w) / S) / mean(w)
-    bias: float         # leading term, -std_error**2 / 2: too low on average
-    ess: float          # effective sample size of the S weights
-    k_hat: float        # their Pareto shape; from `k_hat_threshold(S)` on do not trust the rest
-    num_samples: int    # S
+    bias: float = 0.0      # leading term, -std_error**2 / 2: too low on average
+    ess: float = nan       # effective sample size of the n weights
+    k_hat: float = nan     # their Pareto shape; from `k_hat_threshold(n)` on do not trust the rest
+
+    @property
+    def num_samples(self) -> int:
+        "n, the number of weights."
+        return self.n
 
 # %% ../nbs/theory/08_prior.ipynb #32548442
 def estimate_log_mean(log_w: Tensor) -> Estimate:
@@ -47,8 +52,8 @@ def estimate_log_mean(log_w: Tensor) -> Estimate:
         raise ValueError(f"estimate_log_mean: all {size} weights are zero (log ratio -inf)")
     value = float(log_w.logsumexp(0)) - log(size)
     std_error = float((log_w - value).exp().std()) / size ** 0.5           # of w / mean(w)
-    return Estimate(value, std_error, -std_error ** 2 / 2,
-                    float(effective_sample_size(log_w, 0)), pareto_k_hat(log_w), size)
+    return Estimate(value, std_error, n=size, bias=-std_error ** 2 / 2,
+                    ess=float(effective_sample_size(log_w, 0)), k_hat=pareto_k_hat(log_w))
 
 # %% ../nbs/theory/08_prior.ipynb #f748863b
 def log_sir_weight(log_r: Tensor, log_rest: Tensor, proposals: int) -> Tensor:
@@ -106,7 +111,7 @@ def contexts_of(vae: TopDownVAE, latents: list[Tensor] | Trace) -> list[Tensor |
 def log_ratios_at(prior: "ReweightedPrior", zs: list[Tensor], contexts: list) -> list[Tensor]:
     "log r_k(z_k, c(z_<k)) of each group: K tensors [B]; without gradients in eval mode."
     groups = zip(prior.ratios, zs, contexts, prior.vae.latent_shapes)
-    with evaluating(*([] if torch.is_grad_enabled() else [prior])):
+    with scoring(prior):
         return [one_a_row(ratio(z, context), z, shape) for ratio, z, context, shape in groups]
 
 # %% ../nbs/theory/08_prior.ipynb #243f9200

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Chooser', 'Step', 'Trace', 'TopDownVAE', 'rows', 'at_least_float32', 'diagonal_normal', 'FlatVAE', 'draw', 'tempered',
-           'seeded', 'evaluating', 'from_prior', 'from_posterior', 'replay', 'WithPriors', 'check_step', 'check_trace']
+           'seeded', 'evaluating', 'scoring', 'from_prior', 'from_posterior', 'replay', 'WithPriors', 'check_step',
+           'check_trace']
 
 # %% ../nbs/theory/01_walk.ipynb #41e53b27
 import warnings
@@ -180,6 +181,10 @@ def evaluating(*models: nn.Module):
     finally:
         for module, mode in modes:
             module.training = mode
+
+def scoring(*models: nn.Module):
+    "`evaluating`, unless gradients are wanted: then the mode is the caller's, as in a training."
+    return evaluating(*([] if torch.is_grad_enabled() else models))
 
 # %% ../nbs/theory/01_walk.ipynb #969bcec4
 def from_prior(temperature: float = 1.0, generator: torch.Generator | None = None) -> Chooser:

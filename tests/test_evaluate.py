@@ -8,7 +8,7 @@ from sklearn.neighbors import KDTree
 from torch import nn
 
 from ncp_vae.bound import elbo, iwae
-from ncp_vae.engine.evaluate import average, block_mmd2, compare, group_logits, group_reports, log_likelihoods, nearest, sir_ess
+from ncp_vae.engine.evaluate import block_mmd2, compare, group_logits, group_reports, log_likelihoods, nearest, sir_ess
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
@@ -135,11 +135,6 @@ def test_nearest_agrees_with_a_kd_tree():
     assert (index.numpy() == rows).all() and torch.allclose(distance.double(), torch.from_numpy(expected), atol=1e-3)
     with pytest.raises(ValueError, match="between 1 and the number of images 300, got 301"):
         nearest(queries, images, k=301)
-
-
-def test_average_adds_a_shared_error_in_quadrature():
-    plain, shared = average(torch.randn(100), "estimate"), average(torch.zeros(100), "estimate", extra_std_error=0.3)
-    assert shared.std_error == pytest.approx(0.3) and plain.n == 100
 
 
 class Normed(DenseVAE):

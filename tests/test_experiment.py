@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from ncp_vae.engine import experiment as ex
+from ncp_vae.measured import Measured
 
 CELL = 'run_dir: str = ""\nseed: int = 0  # [0, inf)\nsteps: int = 3  # [1, 100] how many\n'
 
@@ -199,7 +200,7 @@ def test_a_run_by_hand_records_the_variables_of_the_notebook(clone):
     (folder,) = (clone / "runs" / "toy").iterdir()
     record = ex.read_record(folder)
     assert ex.state_of(folder) == "succeeded" and record["preset"] == "by hand"
-    assert record["params"] == dict(seed=3, steps=7) and record["metrics"] == {"a": ex.Metric(1.0, paper=2.0)}
+    assert record["params"] == dict(seed=3, steps=7) and record["metrics"] == {"a": Measured(1.0, paper=2.0)}
 
 
 def test_a_kernel_that_ends_without_finish_leaves_its_metrics_and_no_record(clone):
@@ -223,7 +224,7 @@ def test_nobody_else_writes_into_a_run(clone, capsys):
 def test_metric_takes_tensors_and_refuses_the_rest(clone):
     import torch
     run = ex.Run(ex.new_run(None, "toy", "smoke", {}))
-    assert run.metric("a", torch.tensor(2.5), std_error=torch.tensor([0.5])) == ex.Metric(2.5, 0.5)
+    assert run.metric("a", torch.tensor(2.5), std_error=torch.tensor([0.5])) == Measured(2.5, 0.5)
     for value in (torch.ones(2), torch.tensor(torch.nan), "high", None):
         with pytest.raises(ValueError, match="value must be"):
             run.metric("b", value)

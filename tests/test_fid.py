@@ -10,11 +10,12 @@ from sklearn.neighbors import KDTree
 from torch import nn
 
 from ncp_vae.engine.data import Rows
-from ncp_vae.engine.evaluate import Score, nearest, nearest_in, neighbour_view
+from ncp_vae.engine.evaluate import nearest, nearest_in, neighbour_view
 from ncp_vae.engine.features import FeatureNet, frechet_distance, jackknife_error, left_out
 from ncp_vae.engine.fid import (FID, KID, NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, Given,
                                 ImageScorer, ImageScores, Protocol, claimed_name, excess_left, features_for, lower_by, reconstructions,
                                 reference_indices, score_images, to_bytes)
+from ncp_vae.measured import Measured
 from ncp_vae.models.flat import DenseVAE
 
 
@@ -287,7 +288,7 @@ def test_the_share_of_the_excess_is_known_where_the_distances_are():
         generated = rows.clone()
         generated[:, 0] += shift
         left = left_out(rows.double(), generated.double())
-        return ImageScores(Score(frechet_distance(rows, generated), jackknife_error(left), "estimate", 400), None, 400, 400, 0, 0, "given",
+        return ImageScores(Measured(frechet_distance(rows, generated), jackknife_error(left), "estimate", 400), None, 400, 400, 0, 0, "given",
                            "one", False, left)
     found = excess_left(scored(3.0), scored(2.0), scored(1.0))
     assert found.value == pytest.approx(3 / 8, abs=1e-5) and found.std_error < 1e-3 and found.n == 400

@@ -178,17 +178,17 @@ def test_c2st_guesses_under_the_null_and_sees_what_a_line_cannot():
     noise = torch.randn(20, 2, 200, 2, generator=seed(0))
     tests = [c2st(x, y, seed(i)) for i, (x, y) in enumerate(noise)]
     assert tests[0].std_error == pytest.approx(0.5 / 200**0.5)
-    mean = sum(test.accuracy for test in tests) / 20
+    mean = sum(test.value for test in tests) / 20
     assert abs(mean - 0.5) < 5 * tests[0].std_error / 20**0.5
     x, y = noise[0]
     test = c2st(x, 0.3 * y, seed(0))
-    assert test.accuracy > 0.5 + 5 * test.std_error
+    assert test.value > 0.5 + 5 * test.std_error
     assert c2st(x, 0.3 * y, seed(0)) == test
 
 
 def test_c2st_works_where_gradients_are_off():
     with torch.no_grad():
-        assert c2st(torch.zeros(8, 2), torch.ones(9, 2), seed(0)).accuracy == 1.0
+        assert c2st(torch.zeros(8, 2), torch.ones(9, 2), seed(0)).value == 1.0
 
 
 @pytest.mark.parametrize("function", [mmd2, mmd_p_value, c2st])

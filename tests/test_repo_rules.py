@@ -156,7 +156,7 @@ def test_notebooks_are_committed_with_outputs_and_without_errors():
 def test_cells_are_short():
     def limit(cell):
         is_class = any(isinstance(node, ast.ClassDef) for node in tree(cell).body)
-        return 25 if directives(cell) & {"export", "exports"} and not is_class else 40
+        return 25 if directives(cell) & {"export", "exporti", "exports"} and not is_class else 40
     none(f"{where}: {length} lines, {limit(cell)} allowed" for where, cell in cells("code")
          if (length := len(code_lines(cell))) > limit(cell))
     none(f"{where}: {length} lines with blank ones and directives, 40 allowed" for where, cell in cells("code")
@@ -217,7 +217,7 @@ def test_run_notebooks_are_strangers_to_the_repository():
     known = {"ncp_vae", *sys.stdlib_module_names, *(names.get(n, n) for n in (re.match(r"[\w-]+", text)[0] for text in listed))}
     none(f"{where}: imports {module}" for where, cell in cells("code", "runs")
          for node in imports(tree(cell)) for module in imported(node) if module.split(".")[0] not in known)
-    none(where for where, cell in cells("code", "runs") if directives(cell) & {"export", "exports", "default_exp"})
+    none(where for where, cell in cells("code", "runs") if directives(cell) & {"export", "exporti", "exports", "default_exp"})
 
 
 # ---- the repository -------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 from ncp_vae.engine import paper, report
-from ncp_vae.engine.experiment import Metric, find_experiment, home, params_for
+from ncp_vae.engine.experiment import find_experiment, home, params_for
+from ncp_vae.measured import Measured
 
 ROOT = Path(__file__).parents[1]
 GAIN = {"nll_base": dict(value=229.2, std_error=0.76, kind="upper bound", n=10000),
@@ -180,14 +181,14 @@ def test_a_run_outside_the_tables_is_not_lost(tmp_path, monkeypatch):
 
 def test_a_unit_that_is_not_the_papers_is_said():
     row = paper.Row("NCP-VAE", "5.25", metric="frechet_ncp")
-    assert report.about(row, [Metric(0.1, unit="feature distance")]) == "FID in the paper, here feature distance, estimate"
-    assert report.about(row, [Metric(6.0, unit="FID")]) == "FID, estimate"
+    assert report.about(row, [Measured(0.1, unit="feature distance")]) == "FID in the paper, here feature distance, estimate"
+    assert report.about(row, [Measured(6.0, unit="FID")]) == "FID, estimate"
 
 
 @pytest.mark.parametrize("base, ncp, answer", [((10.0, 0.3), (8.0, 0.4), "yes"), ((10.0, 0.3), (9.5, 0.4), "**no: within its error**"),
                                                ((10.0, 0.3), (12.0, 0.4), "**no: worse**"), ((10.0, None), (8.0, 0.4), "its error is not known")])
 def test_the_answer_to_whether_the_prior_beats_its_base(base, ncp, answer):
-    (gain,) = report.gains({"frechet_base": Metric(base[0], base[1]), "frechet_ncp": Metric(ncp[0], ncp[1])})
+    (gain,) = report.gains({"frechet_base": Measured(base[0], base[1]), "frechet_ncp": Measured(ncp[0], ncp[1])})
     assert report.verdict(gain) == answer
     assert gain.metric.value == base[0] - ncp[0] and gain.share == (base[0] - ncp[0]) / base[0]
     assert gain.metric.std_error is None or gain.metric.std_error == pytest.approx(0.5)

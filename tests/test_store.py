@@ -2,6 +2,7 @@
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,10 +82,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", [*store.FILES, "SHA256SUMS"])
 def test_every_byte_that_is_flipped_is_found(folder, name, tmp_path):
     "One bit of each byte in turn, and each file one byte shorter or longer, empty, or missing."
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(folder, tmp_path / "copy")
     whole = (copy / name).read_bytes()
     spoilt = [bytes([*whole[:i], whole[i] ^ (1 << i % 8), *whole[i + 1:]]) for i in range(len(whole))]
     for content in [*spoilt, whole[:-1], whole + b"\n", b""]:
@@ -106,10 +104,7 @@ class Bomb:
 @pytest.mark.parametrize("name", store.FILES)
 def test_a_pickle_in_any_slot_is_not_run(folder, name, tmp_path):
     "With sums that agree, as an attacker would write them."
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / name).write_bytes(pickle.dumps(Bomb()))
     (copy / "SHA256SUMS").write_text("".join(line + "\n" for line in store.sums_of(copy)))
     with pytest.raises(ValueError, match=f"{name}"):

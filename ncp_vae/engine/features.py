@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import check_images
-from .evaluate import Score, nearest
+from .evaluate import nearest
 from .train import fit
+from ..measured import Measured, mean_of
 
 # %% ../../nbs/engine/features.ipynb #3442c80a
 def check_features(a: Tensor, b: Tensor) -> None:
@@ -167,18 +168,18 @@ def jackknife_error(left: Tensor) -> float:
     "The standard error of a statistic from its values without each of the blocks: [blocks]."
     return ((len(left) - 1) * left.var(unbiased=False).item()) ** 0.5
 
-def feature_distance(net: FeatureNet, images_a: Tensor, images_b: Tensor, blocks: int = 20) -> Score:
+def feature_distance(net: FeatureNet, images_a: Tensor, images_b: Tensor, blocks: int = 20) -> Measured:
     """The Fréchet distance between the features of two sets of images, [N, C, H, W] and [M, C, H, W] in [0, 1].
 
     Its standard error is the jackknife's over disjoint blocks; its n is the smaller of N and M. Biased upwards like 1/n:
     compare at the same N and M only, and under the same network. Not an FID. Raises ValueError as `embed` and
     `frechet_distance` do, also where leaving a block out leaves too few rows."""
     a, b = embed(net, images_a), embed(net, images_b)
-    return Score(frechet_distance(a, b), jackknife_error(left_out(a, b, blocks)), "estimate", min(len(a), len(b)))
+    return Measured(frechet_distance(a, b), jackknife_error(left_out(a, b, blocks)), "estimate", min(len(a), len(b)))
 
 # %% ../../nbs/engine/features.ipynb #aed97a9d
 @torch.no_grad()
-def turns_told(net: FeatureNet, images: Tensor) -> Score:
+def turns_told(net: FeatureNet, images: Tensor) -> Measured:
     """The share of images [N, C, H, W] whose turn a net without labels tells, over all turns, with its standard error over images.
 
     Chance is 1 / 4, of images that are not square 1 / 2. Raises ValueError where the net was trained with labels."""
@@ -188,7 +189,7 @@ def turns_told(net: FeatureNet, images: Tensor) -> Score:
         positions = all_turns(part.float().to(net.spread.device))
         return torch.stack([net(x).argmax(1) == place for place, x in enumerate(positions)]).double().mean(0).cpu()
     right = torch.cat([told(part) for part in images.split(1000)])
-    return Score(right.mean().item(), right.std().item() / len(right) ** 0.5, "estimate", len(right))
+    return mean_of(right, unit="accuracy")
 
 # %% ../../nbs/engine/features.ipynb #91118749
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:

@@ -22,10 +22,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .data import Rows
-from .evaluate import Score, average, device_of
+from .evaluate import device_of
 from .experiment import RunFolder
 from .features import (FeatureNet, fit_features, gaussian_distance, jackknife_error,
                                        left_out, precision_recall)
+from ..measured import Measured, mean_of
 from ..models.inception import STANDARD, load_inception
 from ..walk import TopDownVAE, from_posterior, seeded
 
@@ -77,7 +78,7 @@ class FID:
         "Add a batch, of real or of generated images. ValueError where the features are not finite."
         self.states.update(images.to(self.states.device), real=real)
 
-    def compute(self) -> Score:
+    def compute(self) -> Measured:
         "The distance, the same on every process; n of the smaller set. ValueError where a set has fewer than 2 images."
         with self.states.sync_context():
             sides = [[getattr(self.states, f"{kind}_features_{name}") for name in ("sum", "cov_sum", "num_samples")]
@@ -85,7 +86,7 @@ class FID:
         counts = [int(number) for _, _, number in sides]
         if min(counts) < 2:
             raise ValueError(f"FID needs at least 2 images of each kind, got {counts[0]} real and {counts[1]} generated")
-        return Score(gaussian_distance(*(gaussian_of(*side) for side in sides)), None, "estimate", min(counts))
+        return Measured(gaussian_distance(*(gaussian_of(*side) for side in sides)), None, "estimate", min(counts))
 
 def gaussian_of(total: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     "From sums over n features, [D] and [D, D]: their mean and R with R^T R = their covariance, float64."
@@ -122,12 +123,12 @@ class KID:
         return [rows[(rows.double() @ key).argsort()][torch.randperm(len(rows), generator=generator).to(rows.device)]
                 for rows in sets]
 
-    def compute(self, seed: int) -> Score:
+    def compute(self, seed: int) -> Measured:
         "The same on every process. ValueError where a set has fewer than 20 images."
         return kernel_distance(*self.features(seed))
 
 # %% ../../nbs/engine/fid.ipynb #d36da947
-def kernel_distance(real: Tensor, fake: Tensor) -> Score:
+def kernel_distance(real: Tensor, fake: Tensor) -> Measured:
     "Mean of the cubic-kernel squared MMD over disjoint subsets of features [N, D] and [M, D]; n of the smaller set."
     from torchmetrics.image.kid import poly_mmd
     n = min(len(real), len(fake))
@@ -135,7 +136,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> Score:
         raise ValueError(f"KID needs at least 20 images of each kind, got {len(real)} real and {len(fake)} generated")
     size = min(1000, n // 10)
     pairs = zip(real[:n // size * size].double().split(size), fake[:n // size * size].double().split(size))
-    return replace(average(torch.stack([poly_mmd(a, b) for a, b in pairs]).cpu(), "estimate"), n=n)
+    return replace(mean_of(torch.stack([poly_mmd(a, b) for a, b in pairs]).cpu()), n=n)
 
 # %% ../../nbs/engine/fid.ipynb #49b93f43
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ PROTOCOLS = {protocol.name: protocol for protocol in (NVAE_50K_TRAIN, RAE_10K_TE
 @dataclass(frozen=True)
 class ImageScores:
     "Two distances between generated and real images, and all that one must know to compare them."
-    distance: Score         # squared Fréchet distance: FID where `is_fid`
-    kernel: Score           # squared cubic-kernel MMD: KID where `is_fid`
+    distance: Measured       # squared Fréchet distance: FID where `is_fid`
+    kernel: Measured         # squared cubic-kernel MMD: KID where `is_fid`
     generated: int          # images
     reference: int          # images
     precision: float        # share of generated images near real ones, of at most 5,000 of each
@@ -301,7 +302,7 @@ def features_for(weights: str | Path | None, images: Tensor | Rows | None = None
     return ClassifierFeatures(fit_features(images, labels, **training))
 
 # %% ../../nbs/engine/fid.ipynb #44ea2516
-def lower_by(a: ImageScores, b: ImageScores) -> Score:
+def lower_by(a: ImageScores, b: ImageScores) -> Measured:
     """How much lower the distance of b is than that of a, with a paired standard error (None where there were too few images).
 
     ValueError where they were not scored by the same protocol, with the same features and numbers of images."""
@@ -309,10 +310,10 @@ def lower_by(a: ImageScores, b: ImageScores) -> Score:
     if same[0] != same[1]:
         raise ValueError(f"lower_by compares like with like, got {same[0]} and {same[1]}")
     error = None if a.left is None or b.left is None else jackknife_error(a.left - b.left)
-    return Score(a.distance.value - b.distance.value, error, "estimate", a.generated)
+    return Measured(a.distance.value - b.distance.value, error, "estimate", a.generated)
 
 # %% ../../nbs/engine/fid.ipynb #9d7f9bea
-def excess_left(base: ImageScores, ncp: ImageScores, reconstruction: ImageScores) -> Score:
+def excess_left(base: ImageScores, ncp: ImageScores, reconstruction: ImageScores) -> Measured:
     """The share (ncp - reconstruction) / (base - reconstruction) of the base's excess distance that is left, with a paired standard error.
 
     The error is None where there were too few images. ValueError where the three were not scored alike, or there is no excess."""
@@ -323,7 +324,7 @@ def excess_left(base: ImageScores, ncp: ImageScores, reconstruction: ImageScores
     won, error = lower_by(base, ncp), None
     if won.std_error is not None and floor.std_error is not None:
         error = jackknife_error((ncp.left - reconstruction.left) / (base.left - reconstruction.left))
-    return Score(1 - won.value / floor.value, error, "estimate", won.n)
+    return Measured(1 - won.value / floor.value, error, "estimate", won.n)
 
 # %% ../../nbs/engine/fid.ipynb #4714e596
 class Kept:

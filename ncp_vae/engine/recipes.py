@@ -67,7 +67,8 @@ def settings_for(model: str, n_images: int, *, steps: int = 0, batch_size: int =
 
 # %% ../../nbs/engine/recipes.ipynb #185a4416
 def build_vae(model: str, image_shape, n_images: int, *, steps: int = 0, mean: Tensor | None = None, groups: int = 4,
-              latents: int = 16, state: int = 32, parameters: int = 40000, batch_size: int = 128, lr: float = 2e-3) -> tuple[DenseHierarchy | NVAE, dict]:
+              latents: int = 16, state: int = 32, parameters: int = 40000, batch_size: int = 128,
+              lr: float = 2e-3) -> tuple[DenseHierarchy | NVAE, dict]:
     "The VAE (see `network`) and the keyword arguments of its `fit_vae` (see `settings_for`)."
     vae = network(model, image_shape, mean=mean, groups=groups, latents=latents, state=state, parameters=parameters)
     return vae, settings_for(model, n_images, steps=steps, batch_size=batch_size, lr=lr)

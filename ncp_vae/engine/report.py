@@ -18,8 +18,9 @@ from math import floor, hypot, log10
 from pathlib import Path
 
 from . import paper
-from .experiment import (Metric, find_experiment, notebooks, params_for, read_json,
+from .experiment import (find_experiment, notebooks, params_for, read_json,
                                        read_record, state_of)
+from ..measured import Measured
 
 # %% ../../nbs/engine/report.ipynb #c4035059
 def outcome(folder: Path) -> tuple[str, dict | None]:
@@ -50,7 +51,7 @@ class Finished:
         return self.record["params"]
 
     @property
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self) -> dict[str, Measured]:
         "Its numbers."
         return self.record["metrics"]
 
@@ -107,7 +108,7 @@ def distances(names) -> list[tuple[str, str]]:
 class Gain:
     "By how much one prior is better than another; `share` is relative to the worse distance."
     what: str
-    metric: Metric
+    metric: Measured
     share: float | None = None
 
     @property
@@ -116,14 +117,14 @@ class Gain:
         return self.metric.value / self.metric.std_error if self.metric.std_error else None
 
 # %% ../../nbs/engine/report.ipynb #94352fa5
-def gains(metrics: dict[str, Metric]) -> list[Gain]:
+def gains(metrics: dict[str, Measured]) -> list[Gain]:
     "What the priors of a run gain: recorded gains, and differences of distances."
     found = [Gain(name, m) for name, m in metrics.items() if "gain" in name.split("_")]
     for base, better in distances(metrics):
         worse, ours = metrics[base], metrics[better]
         known = worse.std_error is not None and ours.std_error is not None
         error = hypot(worse.std_error, ours.std_error) if known else None
-        difference = Metric(worse.value - ours.value, std_error=error, unit=worse.unit, n=ours.n)
+        difference = Measured(worse.value - ours.value, std_error=error, unit=worse.unit, n=ours.n)
         share = difference.value / worse.value if worse.value else None
         found.append(Gain(f"{base} - {better}", difference, share))
     return found
@@ -137,14 +138,14 @@ def verdict(gain: Gain) -> str:
     return "**no: worse**" if gain.errors < -2 else "**no: within its error**"
 
 # %% ../../nbs/engine/report.ipynb #749b6c9e
-def number(metric: Metric, between: str = " ± ") -> str:
+def number(metric: Measured, between: str = " ± ") -> str:
     "'-0.310 ± 0.021'."
     if not metric.std_error:
         return f"{metric.value:.4g}" if abs(metric.value) < 1000 else f"{metric.value:,.0f}"
     digits = max(0, 1 - floor(log10(metric.std_error)))
     return f"{metric.value:.{digits}f}{between}{metric.std_error:.{digits}f}"
 
-def measure(metric: Metric) -> str:
+def measure(metric: Measured) -> str:
     "'-0.310 +- 0.021 nats (estimate)', for a terminal."
     return f"{number(metric, ' +- ')} {metric.unit} ({metric.kind})"
 
@@ -196,7 +197,7 @@ def runs_of(item: paper.Item, runs: list[Finished]) -> list[Finished]:
         return run.experiment in item.related or run.experiment == item.run and here
     return [run for run in runs if run.name not in inside and belongs(run)]
 
-def row_of(row: paper.Row, run: Finished, item: paper.Item) -> Metric | str | None:
+def row_of(row: paper.Row, run: Finished, item: paper.Item) -> Measured | str | None:
     "What a run has to say in a row: its metric, the text of its parameter, or nothing."
     def fits(only):
         return all(run.params.get(name) == value for name, value in only.items())
@@ -209,9 +210,9 @@ def row_of(row: paper.Row, run: Finished, item: paper.Item) -> Metric | str | No
     return run.metrics.get(row.metric)
 
 # %% ../../nbs/engine/report.ipynb #c85aee15
-def cell_of(found: Metric | str | None) -> str:
+def cell_of(found: Measured | str | None) -> str:
     "A cell of a run's column."
-    if isinstance(found, Metric):
+    if isinstance(found, Measured):
         return number(found) + (f" (n\u00a0=\u00a0{found.n:,})" if found.n else "")
     return found or ""
 
@@ -225,7 +226,7 @@ def about(row: paper.Row, found: list) -> str:
         return "not part of this project"
     if not any(found):
         return "not run"
-    metrics = [m for m in found if isinstance(m, Metric)]
+    metrics = [m for m in found if isinstance(m, Measured)]
     words = "; ".join(sorted({f"{m.unit}, {m.kind}" for m in metrics})) or "parameter"
     other = row.printed and any(m.unit != row.unit for m in metrics)
     return f"{row.unit} in the paper, here {words}" if other else words

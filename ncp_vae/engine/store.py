@@ -50,7 +50,7 @@ def plain(value: Any) -> Any:
     "A value as JSON can hold it; ValueError where it is none that `built` could make again."
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, nn.ModuleList) or isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, nn.ModuleList)):
         return [plain(item) for item in value]
     if isinstance(value, nn.Module):
         return {"module": path_of(type(value)), "arguments": {name: plain(item) for name, item in arguments_of(value).items()}}

@@ -259,7 +259,8 @@ def fit(loss: nn.Module, data, *, steps: int, batch_size: int, lr: float, seed: 
         history: str | Path | None = None, checkpoint: str | Path | None = None, log_every: int = 50, save_every: float = 60.0) -> None:
     """The loop that both stages share, with one line of history every `log_every` steps.
 
-    batch_size: of all processes together. loss: a module whose forward(x, step) returns a dict of scalars, "loss" among them; its parameters are trained.
+    loss: a module whose forward(x, step) returns a dict of scalars, "loss" among them; its parameters are trained.
+    batch_size: of all processes together.
     about: plain values that describe it, which a checkpoint must agree with, as with the settings named here.
     monitor: called MONITORED times along the way; what it returns is a line of history too, under "NAME held-out".
     history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C and at the
