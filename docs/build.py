@@ -101,6 +101,7 @@ def stage():
                 homes.setdefault(name, []).append(module)
     chapters = {part: sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs" / part).glob("*.ipynb"))
                 for part in PARTS}
+    chapters["engine"].insert(0, "your_own.ipynb")
     chapters["runs"].insert(0, "results.ipynb")
     trees = [toctree(PARTS[part], pages) for part, pages in chapters.items() if pages]
     trees += [toctree("Reference", [f"api/{floor}" for floor in FLOORS]), toctree("About", TEXTS.values())]

@@ -182,7 +182,7 @@ def test_scores_say_what_they_are():
     scores = score_images(Protocol("small", 300, 200, "train", ""), REAL, noise, Blocks(), batch_size=64, seed=0)
     assert (scores.generated, scores.reference, scores.protocol, scores.features) == (300, 200, "small", "means of parts")
     assert scores.distance.n == scores.kernel.n == 200 and scores.distance.std_error > 0
-    assert (scores.distance_name, scores.kernel_name) == ("raw feature distance", "raw kernel distance")
+    assert (scores.distance.unit, scores.kernel.unit) == ("raw feature distance", "raw kernel distance")
     limited = score_images(NVAE_50K_TRAIN, REAL, noise, Blocks(), batch_size=64, seed=0, limit=70)
     assert limited.generated == limited.reference == 70 and "(70 of 50,000 generated, 70 of 330 real)" in limited.protocol
 
@@ -191,7 +191,7 @@ def test_only_the_standard_inception_makes_a_fid():
     network = Blocks()
     network.is_standard = True              # as load_inception sets it after the hash of the standard file
     scores = score_images(Protocol("small", 60, 60, "train", ""), REAL, noise, network, batch_size=64, seed=0)
-    assert (scores.distance_name, scores.kernel_name) == ("FID", "KID")
+    assert (scores.distance.unit, scores.kernel.unit) == ("FID", "KID")
 
 
 def test_a_score_is_a_function_of_the_seed():

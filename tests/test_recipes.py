@@ -1,16 +1,17 @@
 """Recipes: what a name stands for, and a finished run that is built again. Nothing here is statistical: equalities and refusals."""
 import json
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ncp_vae.engine import checkpoint, cost
+from ncp_vae.engine import cost, store
 from ncp_vae.engine.data import Binarized, load
-from ncp_vae.engine.experiment import find_experiment
-from ncp_vae.engine.recipes import SHAPING, AsSeen, as_seen, build_vae, is_binary, network, ratios_for, rebuild, trained
+from ncp_vae.engine.experiment import RunFolder, find_experiment
+from ncp_vae.engine.recipes import AsSeen, as_seen, build_vae, is_binary, keep_model, network, ratios_for, trained
 from ncp_vae.engine.stored import Augmented
 from ncp_vae.engine.train import fit_ncp, fit_vae
 from ncp_vae.models.nvae import PRESETS, NVAE
@@ -27,14 +28,14 @@ def write_papers(folder, experiment, params):
 
 
 def make_run(folder, model="dense"):
-    "A run of a few steps with its papers; the NCP that it trained."
+    "A run of a few steps with its papers and its model; the NCP that it trained."
     images = load("digits").images
     vae, settings = build_vae(model, SHAPE, len(images), steps=3, mean=images.mean(0), **DENSE)
     data = Binarized(images)
-    fit_vae(vae, data, seed=0, checkpoint=folder / "vae.ckpt", **settings)
-    ncp = fit_ncp(vae, data, ratios=ratios_for(vae, 8), steps=3, batch_size=64, lr=1e-2, seed=0, checkpoint=folder / "ncp.ckpt",
-                  machine=settings["machine"])
-    write_papers(folder, "hierarchical", dict(model=model, ncp_width=8, dataset="digits", **DENSE))
+    fit_vae(vae, data, seed=0, **settings)
+    ncp = fit_ncp(vae, data, ratios=ratios_for(vae, 8), steps=3, batch_size=64, lr=1e-2, seed=0, machine=settings["machine"])
+    keep_model(RunFolder(folder), ncp)
+    write_papers(folder, "hierarchical", dict(model=model, dataset="digits"))
     return ncp
 
 
@@ -48,8 +49,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def copied(finished, tmp_path):
     "A copy of it, to be broken."
-    for path in finished[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -141,20 +141,17 @@ def test_an_nvae_run_is_built_again(tmp_path):
     assert same_ratios(before, trained(tmp_path)[0])
 
 
-def test_a_run_of_images_is_built_again(tmp_path):
-    "Of colour images, and without the parameters that only a dense model has."
-    images = load("photos32")[:64]
-    vae, settings = build_vae("nvae:photos32", (3, 32, 32), 64, steps=2)
-    data, settings["batch_size"] = Augmented(images, flip=True), 8
-    fit_vae(vae, data, seed=0, checkpoint=tmp_path / "vae.ckpt", **settings)
-    before = fit_ncp(vae, data, ratios=ratios_for(vae, 4), steps=2, batch_size=8, lr=1e-2, seed=0, checkpoint=tmp_path / "ncp.ckpt",
-                     machine=settings["machine"])
-    write_papers(tmp_path, "images", dict(model="nvae:photos32", ncp_width=4, dataset="photos32"))
-    assert same_ratios(before, trained(tmp_path)[0])
+def test_a_model_is_kept_once(finished):
+    "A resumed run comes by again; what is there stays."
+    folder, before = finished
+    sums = (folder / "model" / "SHA256SUMS").read_bytes()
+    with torch.no_grad():
+        keep_model(RunFolder(folder), before)
+    assert (folder / "model" / "SHA256SUMS").read_bytes() == sums
 
 
 def test_runs_of_images_say_all_that_is_needed():
-    assert {"model", "ncp_width", "dataset", "data_root", "seed"} <= set(find_experiment("images").parameters)
+    assert {"model", "dataset", "data_root", "seed"} <= set(find_experiment("images").parameters)
 
 
 def test_a_run_below_the_repository_is_found(finished, monkeypatch):
@@ -172,7 +169,7 @@ def test_building_again_leaves_the_random_numbers(finished):
 def test_runs_of_hierarchical_say_all_that_is_needed():
     "Also by whoever studies the model: its data and the seed of its held-out images."
     parameters = find_experiment("hierarchical").parameters
-    assert {"model", "ncp_width", *SHAPING, "dataset", "data_root", "seed"} <= set(parameters)
+    assert {"model", "dataset", "data_root", "seed"} <= set(parameters)
 
 
 def test_a_missing_run_is_refused(tmp_path):
@@ -188,46 +185,19 @@ def test_an_unfinished_run_is_refused(copied, state):
         trained(copied)
 
 
-def test_another_experiment_is_refused(copied):
-    (copied / "params.json").write_text(json.dumps(dict(experiment="gaussians25", preset="smoke", params=dict(seed=0))))
-    with pytest.raises(ValueError, match="is a run of gaussians25, which has no parameters model and ncp_width"):
+def test_a_run_without_its_model_is_refused(copied):
+    shutil.rmtree(copied / "model")
+    with pytest.raises(ValueError, match="holds no folder model"):
         trained(copied)
 
 
-def test_parameters_that_lack_a_shape_are_refused(finished):
-    with pytest.raises(ValueError, match="its parameters lack groups, latents, state, parameters"):
-        rebuild(finished[0], dict(model="dense", ncp_width=8))
-
-
-@pytest.mark.parametrize("name", ["vae.ckpt", "ncp.ckpt"])
-def test_a_missing_checkpoint_is_refused(copied, name):
-    (copied / name).unlink()
-    with pytest.raises(ValueError, match=f"{name} is missing"):
-        trained(copied)
-
-
-def test_a_damaged_checkpoint_is_refused(copied):
-    (copied / "vae.ckpt").write_bytes((copied / "vae.ckpt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="vae.ckpt is not a whole checkpoint"):
-        trained(copied)
-
-
-def test_a_checkpoint_of_something_else_is_refused(copied):
-    checkpoint.save(copied / "vae.ckpt", dict(value=1))
-    with pytest.raises(ValueError, match="vae.ckpt is no checkpoint of a training"):
-        trained(copied)
-
-
-def test_exchanged_checkpoints_are_refused(copied):
-    (copied / "ncp.ckpt").write_bytes((copied / "vae.ckpt").read_bytes())
-    with pytest.raises(ValueError, match="ncp.ckpt holds no ratios"):
-        trained(copied)
-
-
-def test_weights_of_other_shapes_are_refused(copied):
-    papers = json.loads((copied / "params.json").read_text())
-    (copied / "params.json").write_text(json.dumps({**papers, "params": {**papers["params"], "ncp_width": 16}}))
-    with pytest.raises(ValueError, match="ncp.ckpt does not fit the run's parameters"):
+@pytest.mark.parametrize("name", store.FILES)
+def test_a_damaged_model_is_refused(copied, name):
+    path = copied / "model" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is not what was written"):
         trained(copied)
 
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PART', 'log_likelihoods', 'likelihoods_under', 'values_of', 'walked', 'pool_std_error', 'likelihood_columns',
-           'bound_columns', 'block_mmd2', 'sample_columns', 'posterior_latents', 'prior_latents', 'flat_latents',
-           'compare', 'image_columns', 'table_of']
+           'bound_columns', 'block_mmd2', 'sample_columns', 'walks_of', 'timed_latents', 'compare', 'image_columns',
+           'table_of', 'nll_metrics', 'record', 'in_bits']
 
 # %% ../../nbs/engine/evaluate.ipynb #325df6a9
 import time
+from dataclasses import replace
 from functools import partial
-from math import hypot
+from math import hypot, isfinite, log
 from typing import Callable, Sequence
 
 import torch
@@ -136,11 +137,11 @@ def sample_columns(priors: dict, images: Tensor, draws: int, samplers: dict[str,
                    keep: Callable) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about the latents of `draws` samples, and the seconds that they took."
     vaes = dict.fromkeys(map(walked, priors.values()))
-    posterior = {vae: keep(f"posterior-{i}", partial(posterior_latents, vae, images, draws, seed))
+    posterior = {vae: keep(f"posterior-{i}", partial(walks_of, vae, draws, seed, images=images))[0]
                  for i, vae in enumerate(vaes)}
     table = {}
     for name, prior in priors.items():
-        latents, seconds = keep(f"latents-{name}", partial(prior_latents, prior, draws, samplers.get(name), seed))
+        latents, seconds = keep(f"latents-{name}", partial(timed_latents, prior, draws, seed, samplers.get(name)))
         reference = posterior[walked(prior)]
         table[name] = dict(mmd2=block_mmd2(latents, reference), told_apart=c2st(latents, reference, _generator(seed, -4)),
                            seconds=Measured(seconds / draws, n=draws, unit="s a sample"))
@@ -148,27 +149,29 @@ def sample_columns(priors: dict, images: Tensor, draws: int, samplers: dict[str,
 
 # %% ../../nbs/engine/evaluate.ipynb #70605a01
 @torch.no_grad()
-def posterior_latents(vae: TopDownVAE, images: Tensor, n: int, seed: int) -> Tensor:
-    "One posterior draw of each of n images, chosen at random: [n, all dimensions]."
-    generator = _generator(seed, -3)
-    chosen = images[torch.randint(len(images), (n,), generator=generator)]
-    device, found = device_of(vae), []
-    for x in chosen.split(PART):
-        trace = vae.walk(from_posterior(generator), evidence=vae.encode(x.to(device)))
-        found.append(flat_latents(trace))
-    return torch.cat(found)
+def walks_of(prior: TopDownVAE | ReweightedPrior, n: int, seed: int, sampler: Sampler | None = None,
+             images: Tensor | None = None) -> list[Tensor]:
+    """Latents [n, all dimensions] and mean images [n, *image] of n finished walks, PART at a time, on the CPU.
 
-def prior_latents(prior: TopDownVAE | ReweightedPrior, n: int, sampler: Sampler | None,
-                  seed: int) -> tuple[Tensor, float]:
-    "n samples, PART at a time: [n, all dimensions], and the seconds that they took."
-    generator, began = _generator(seed, -5), time.perf_counter()
+    Of the prior's samples, by its own sampler or another; with images [N, *image], of posterior draws of n of them, chosen
+    at random."""
+    generator, found = torch.Generator().manual_seed(seed), []
     how = {} if sampler is None else dict(sampler=sampler)
-    found = [flat_latents(prior.sample(min(PART, n - at), generator=generator, **how)) for at in range(0, n, PART)]
-    return torch.cat(found), time.perf_counter() - began
+    for at in range(0, n, PART):
+        size = min(PART, n - at)
+        if images is None:
+            trace = prior.sample(size, generator=generator, **how)
+        else:
+            x = images[torch.randint(len(images), (size,), generator=generator)].to(device_of(prior))
+            trace = prior.walk(from_posterior(generator), evidence=prior.encode(x))
+        z = torch.cat([z.flatten(1) for z in trace.latents], 1)
+        found.append((z.cpu(), trace.likelihood.mean.cpu()))
+    return [torch.cat(part) for part in zip(*found)]
 
-def flat_latents(trace: Trace) -> Tensor:
-    "[B, all dimensions], on the CPU."
-    return torch.cat([z.flatten(1) for z in trace.latents], 1).cpu()
+def timed_latents(prior: TopDownVAE | ReweightedPrior, n: int, seed: int, sampler: Sampler | None) -> tuple[Tensor, float]:
+    "The latents of n samples, and the seconds that they took."
+    began = time.perf_counter()
+    return walks_of(prior, n, seed, sampler)[0], time.perf_counter() - began
 
 # %% ../../nbs/engine/evaluate.ipynb #0b98884d
 def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, num_samples: int, seed: int,
@@ -229,3 +232,27 @@ def table_of(rows: dict[str, dict[str, Measured]]) -> str:
     cells = [["", *columns]] + [[name, *(row[c].short() if c in row else "" for c in columns)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+# %% ../../nbs/engine/evaluate.ipynb #9fd49854
+def nll_metrics(base: dict[str, Measured], row: dict[str, Measured]) -> dict[str, Measured]:
+    "Of two rows of `compare`: nll_base, nll_ncp, nll_ncp_bound, nll_gain, nll_gain_bound, log_z and log_z_k_hat."
+    log_z = row["log_z"]
+    found = dict(nll_base=-base["log_likelihood"], nll_ncp=-row["log_likelihood"], nll_gain=row["gain"],
+                 log_z=Measured(log_z.value, log_z.std_error, n=log_z.n))
+    if "bound" in row:
+        found |= dict(nll_ncp_bound=-row["bound"], nll_gain_bound=row["gain_bound"])
+    if isfinite(log_z.k_hat):
+        found["log_z_k_hat"] = Measured(log_z.k_hat, n=log_z.n, unit="k-hat")
+    return found
+
+def record(run, found: dict[str, Measured], published: dict[str, float | None] = {}) -> None:
+    "Print numbers, a line each, and record them by their names, the paper's value beside those that have one."
+    for name, value in found.items():
+        paper = {} if published.get(name) is None else dict(paper=published[name])
+        print(f"{name:20s} {run.metric(name, value, **paper)}")
+
+def in_bits(nll: Measured, dimensions: int) -> Measured:
+    "Nats an image in bits per dimension."
+    per_bit = 1 / (log(2) * dimensions)
+    error = None if nll.std_error is None else nll.std_error * per_bit
+    return replace(nll, value=nll.value * per_bit, std_error=error, unit="bits/dim")

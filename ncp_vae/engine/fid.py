@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NVAE_50K_TRAIN', 'RAE_10K_TEST', 'JOINT_EBM_30K', 'PROTOCOLS', 'to_bytes', 'Checked', 'kernel_distance', 'Protocol',
            'ImageScores', 'process', 'batches_of', 'reference_indices', 'claimed_name', 'features_of', 'ImageScorer',
-           'scores_of', 'drawn', 'left_out_if_any', 'score_images', 'ClassifierFeatures', 'features_for', 'lower_by',
-           'excess_left', 'Kept', 'reconstructions', 'drawn_from']
+           'scores_of', 'drawn', 'left_out_if_any', 'score_images', 'ClassifierFeatures', 'features_for',
+           'published_distance', 'measuring_network', 'lower_by', 'excess_left', 'record_gain', 'Kept',
+           'reconstructions', 'drawn_from']
 
 # %% ../../nbs/engine/fid.ipynb #3f9d2477
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from . import paper
 from .data import Rows
 from .experiment import RunFolder
 from .features import (FeatureNet, fit_features, gaussian_distance, gaussian_fit, jackknife_error, left_out,
-                                     precision_recall)
+                                     precision_recall, turns_told)
 from .groups import device_of
 from ..measured import Measured, mean_of
 from ..models.inception import STANDARD, load_inception
@@ -117,15 +119,11 @@ class ImageScores:
         "Whether the features are those of the Inception of 2015 with the standard weights."
         return self.distance.unit == "FID"
 
-    @property
-    def distance_name(self) -> str:
-        "FID, or what it is instead."
-        return self.distance.unit
-
-    @property
-    def kernel_name(self) -> str:
-        "KID, or what it is instead."
-        return self.kernel.unit
+    def metrics(self, name: str) -> dict[str, Measured]:
+        "What a run records of the samples NAME: frechet_NAME, kernel_NAME, precision_NAME, recall_NAME."
+        near = dict(n=min(5000, self.generated), unit="fraction")
+        return {f"frechet_{name}": self.distance, f"kernel_{name}": self.kernel,
+                f"precision_{name}": Measured(self.precision, **near), f"recall_{name}": Measured(self.recall, **near)}
 
 # %% ../../nbs/engine/fid.ipynb #c87112f2
 def process() -> tuple[int, int]:
@@ -259,6 +257,33 @@ def features_for(weights: str | Path | None, images: Tensor | Rows | None = None
                          f"there are any; got {type(images).__name__}")
     return ClassifierFeatures(fit_features(images, labels, **training))
 
+# %% ../../nbs/engine/fid.ipynb #574e772b
+_TABLES = {"nvae:celeba64-30": ("Table 1", ""), "nvae:cifar10": ("Table 2", ""), "nvae:celebahq256": ("Table 3", ""),
+           "nvae:celeba64-15": ("Table 5", ", 15 groups"), "nvae:celeba64-6": ("Table 5", ", 6 groups")}
+_TITLES = {"ncp": "NCP-VAE", "base": "NVAE", "reconstruction": "NVAE, reconstructions"}
+
+def published_distance(model: str, name: str, score: ImageScores) -> float | None:
+    "The paper's FID of the samples NAME of NVAE, where this is its experiment, to the letter of the protocol."
+    table, groups = _TABLES.get(model, ("", ""))
+    asked = name in _TITLES and not (groups and name == "reconstruction")
+    if not table or not asked or not score.is_fid or score.protocol != NVAE_50K_TRAIN.name:
+        return None
+    return paper.value(table, _TITLES[name] + groups)
+
+# %% ../../nbs/engine/fid.ipynb #eda9b2c1
+def measuring_network(run, images: Rows, test: Rows, labels: Tensor | None, *, inception: str, sha256: str,
+                      **training) -> nn.Module:
+    """`features_for` of a run: kept in its folder where it is trained, and told what it is.
+
+    Of a net without labels the share of turned test images that it tells is recorded."""
+    if inception:
+        return features_for(inception, sha256=sha256)
+    network = features_for(None, images, labels, checkpoint=run.path("features.ckpt"), **training)
+    if labels is None:
+        told = run.metric("turns_told", turns_told(network.net, test.images), unit="fraction of turned test images")
+        print(f"turned test images that the net tells: {told}; by chance 0.25, of images that are not square 0.5")
+    return network
+
 # %% ../../nbs/engine/fid.ipynb #44ea2516
 def lower_by(a: ImageScores, b: ImageScores) -> Measured:
     """How much lower the distance of b is than that of a, with a paired standard error (None where there were too few images).
@@ -283,6 +308,17 @@ def excess_left(base: ImageScores, ncp: ImageScores, reconstruction: ImageScores
     if won.std_error is not None and floor.std_error is not None:
         error = jackknife_error((ncp.left - reconstruction.left) / (base.left - reconstruction.left))
     return Measured(1 - won.value / floor.value, error, "estimate", won.n, "share of the excess")
+
+# %% ../../nbs/engine/fid.ipynb #72da380d
+def record_gain(run, name: str, base: ImageScores, ncp: ImageScores, reconstruction: ImageScores, why: str) -> None:
+    """Print and record by how much lower the distance of `ncp` is than its base's, paired, as gain_NAME.
+
+    Within two standard errors it also says what there was to win, and `why`."""
+    won = run.metric(f"gain_{name}", lower_by(base, ncp))
+    print(f"{name} is lower than its base by {won}")
+    if won.std_error is not None and won.value < 2 * won.std_error:
+        above = base.distance.value - reconstruction.distance.value
+        print(f"    within two errors: the base lies {above:+.4f} from the reconstructions, so much there is to win; {why}")
 
 # %% ../../nbs/engine/fid.ipynb #4714e596
 class Kept:

@@ -84,10 +84,10 @@ def record_groups(run, reports: Sequence[RatioReport], ess: Sequence[Measured], 
     run: has `metric(name, value)`, as `Run`. n: held-out images behind the reports. labels: what the groups are called
     in the metrics' names, by default 1 to K, and then the sum is recorded too. The error of the sum takes the groups
     as independent."""
-    print("group      loss              KL(q||p)           log E_p[r]         calibration (noise)   ESS")
+    print("group      loss                   KL(q||p)               log E_p[r]             calibration (noise)   ESS")
     for label, report, effective in zip(labels or range(1, len(reports) + 1), reports, ess):
         found = {name: _measured(report, name, n) for name in ("loss", "kl_bound", "log_mean_ratio")}
-        print(f"{label!s:8s}   " + "   ".join(f"{value.short():16s}" for value in found.values())
+        print(f"{label!s:8s}   " + "   ".join(f"{value.short():20s}" for value in found.values())
               + f"   {report.calibration_error:.4f} ({report.calibration_noise:.4f})       {effective.short()}")
         for name, value in {**found, "ess": effective}.items():
             run.metric(f"{name}_{label}", value)

@@ -147,7 +147,8 @@ def load(folder: str | Path, classes: Sequence[type] = ()) -> nn.Module:
     folder = Path(folder)
     check(folder)
     try:
-        model = built(json.loads((folder / FILES[0]).read_text(encoding="utf-8"))["model"], classes)
+        with torch.random.fork_rng(devices=[]):        # fresh weights are drawn, and overwritten
+            model = built(json.loads((folder / FILES[0]).read_text(encoding="utf-8"))["model"], classes)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / FILES[0]} describes no model: {error}") from error
     try:
