@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['state_of', 'Run', 'read_record']
 
-# %% ../../nbs/engine/experiment.ipynb #02e88614
+# %% ../../nbs/engine/experiment.ipynb #6cde5a4a
 import fcntl
 import json
 import os
@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Callable
 
@@ -25,7 +26,7 @@ from .parameters import Experiment, notebooks, read_experiment
 from .provenance import data_folder, environment, home
 from ..measured import Measured
 
-# %% ../../nbs/engine/experiment.ipynb #0fb2936d
+# %% ../../nbs/engine/experiment.ipynb #1995c48a
 def write_json(path: Path, value) -> None:
     "Write plain, finite values; the old file stays until the new one is whole."
     part = path.with_name(path.name + ".part")
@@ -39,7 +40,7 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
-# %% ../../nbs/engine/experiment.ipynb #34fa7d6e
+# %% ../../nbs/engine/experiment.ipynb #a3ac1922
 def _alive(status: dict) -> bool:
     "Whether the process that wrote a status still runs; True where it is on another machine."
     if status["host"] != platform.node():
@@ -58,7 +59,7 @@ def state_of(folder: str | Path) -> str:
             return status["state"]
     return "killed"
 
-# %% ../../nbs/engine/experiment.ipynb #756389a3
+# %% ../../nbs/engine/experiment.ipynb #dc6c6295
 def begin(folder: Path, attempt: int) -> None:
     "Write that this process runs the run in `folder` from now on."
     write_json(folder / "status.json", dict(
@@ -70,7 +71,7 @@ def end(folder: Path, state: str, error: str | None = None) -> None:
     status = read_json(folder / "status.json")
     write_json(folder / "status.json", {**status, "state": state, "ended": time.time(), "error": error})
 
-# %% ../../nbs/engine/experiment.ipynb #edebd81c
+# %% ../../nbs/engine/experiment.ipynb #8f0ea5dd
 def new_run(folder: str | Path | None, experiment: str, preset: str, params: dict) -> Path:
     """Make and claim the folder of a run; None: runs/EXPERIMENT/TIME-PRESET.
 
@@ -91,7 +92,7 @@ def new_run(folder: str | Path | None, experiment: str, preset: str, params: dic
         raise ValueError(f"cannot write to {folder} ({error.strerror}): "
                          "name another folder with --out") from None
 
-# %% ../../nbs/engine/experiment.ipynb #18248ec9
+# %% ../../nbs/engine/experiment.ipynb #2f807f4d
 def _folder_for(run_dir: str | Path, experiment: str) -> Path:
     "The folder that the command made for this kernel, or a new one: run_dir, '' for under runs."
     folder = Path(run_dir)
@@ -110,7 +111,7 @@ def _folder_for(run_dir: str | Path, experiment: str) -> Path:
     print("a run by hand, in", folder if run_dir else folder.relative_to(home()))
     return folder
 
-# %% ../../nbs/engine/experiment.ipynb #caf20f67
+# %% ../../nbs/engine/experiment.ipynb #81045a81
 class RunFolder:
     "Where a run writes its files."
     def __init__(self, folder: Path):
@@ -134,7 +135,7 @@ class RunFolder:
             checkpoint.save(self.path(f"{name}.pt"), {"value": compute()})
         return checkpoint.load(self.path(f"{name}.pt"))["value"]
 
-# %% ../../nbs/engine/experiment.ipynb #cc26c250
+# %% ../../nbs/engine/experiment.ipynb #9ed585ec
 class Run(RunFolder):
     "One run, as its notebook sees it: a folder to write to, and the record that grows in it."
     def __init__(self, folder: Path):
@@ -155,6 +156,8 @@ class Run(RunFolder):
 
         about: what is said of it anew (std_error, kind, n, unit, paper)."""
         metric = replace(value, **about) if isinstance(value, Measured) else Measured(value, **about)
+        if metric.std_error == inf:     # it says nothing, and JSON has no word for it
+            metric = replace(metric, std_error=None)
         self.metrics[name] = metric
         with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name, **asdict(metric)}) + "\n")
@@ -167,7 +170,7 @@ class Run(RunFolder):
         _write_record(self, about)
         return self.dir / "metrics.json"
 
-# %% ../../nbs/engine/experiment.ipynb #511b18b6
+# %% ../../nbs/engine/experiment.ipynb #171e04b4
 def _completed(record: dict, beside: Path) -> dict:
     "A record with data, model and parts; where it lacks them, as old ones do, those of its parameters."
     params = record["params"]
@@ -190,7 +193,7 @@ def _write_record(run: Run, about: dict) -> None:
     if read_json(run.dir / "status.json")["pid"] == os.getpid():
         end(run.dir, "succeeded")
 
-# %% ../../nbs/engine/experiment.ipynb #22df5400
+# %% ../../nbs/engine/experiment.ipynb #f5191e23
 def read_record(folder: str | Path) -> dict:
     """The record of a run, with a `Measured` for each of its `metrics`.
 
@@ -207,7 +210,7 @@ def read_record(folder: str | Path) -> dict:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"metrics.json in {folder} is not its record: {error}") from None
 
-# %% ../../nbs/engine/experiment.ipynb #995163e3
+# %% ../../nbs/engine/experiment.ipynb #8bd1ef91
 def _check_resume(folder: Path, asked: dict, experiment: Experiment) -> dict:
     "The parameters of a run that can be resumed; ValueError where it cannot."
     if asked.get("experiment") != experiment.name:
@@ -223,7 +226,7 @@ def _check_resume(folder: Path, asked: dict, experiment: Experiment) -> dict:
                          "start a new run")
     return params
 
-# %% ../../nbs/engine/experiment.ipynb #caf8ae20
+# %% ../../nbs/engine/experiment.ipynb #46d4e4dc
 _ATTEMPT = ("status.json", "metrics.json", "metrics.jsonl", "environment.json", "notebook.ipynb")
 
 def resume_run(folder: Path, experiment: Experiment) -> dict:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['read_results', 'results_page']
 
-# %% ../../nbs/engine/report.ipynb #32378f8e
+# %% ../../nbs/engine/report.ipynb #41550280
 import re
 import shlex
 import time
 from fnmatch import fnmatch
-from math import floor, hypot, log10
+from math import hypot
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from .experiment import read_json, read_record, state_of
 from .parameters import find_experiment, notebooks, params_for
 from ..measured import Measured
 
-# %% ../../nbs/engine/report.ipynb #cf10049c
+# %% ../../nbs/engine/report.ipynb #d74ee9b0
 def _outcome(folder: Path, name: str) -> tuple[str, SimpleNamespace | None]:
     "The state of a run and, where it succeeded, its record with its `name`, `day` and `figures`."
     state = state_of(folder)
@@ -46,7 +46,7 @@ def read_results(folder: str | Path) -> tuple[list[SimpleNamespace], list[list[s
         others += [] if run else [[name, state]]
     return runs, others
 
-# %% ../../nbs/engine/report.ipynb #943d986b
+# %% ../../nbs/engine/report.ipynb #70ececdf
 def _typed(experiment: str, preset: str, params: dict, out: str = "") -> str:
     "What one types to run an experiment so."
     words = ["ncp-vae", "run", experiment, *(["--preset", preset] if preset != "smoke" else [])]
@@ -61,7 +61,7 @@ def _command_of(run: SimpleNamespace) -> str:
     usual = params_for(experiment, preset)
     return _typed(run.experiment, preset, {k: v for k, v in run.params.items() if usual.get(k) != v})
 
-# %% ../../nbs/engine/report.ipynb #f92fcb4b
+# %% ../../nbs/engine/report.ipynb #8b421d84
 _DISTANCES = [("frechet_base", "frechet_ncp"), ("frechet_base", "frechet_budgets"),
               ("frechet_gmm", "frechet_ncp_gmm"), ("frechet_ncp", "frechet_ncp_gmm")]
 
@@ -86,30 +86,19 @@ def _verdict(gain: Measured) -> tuple[str, str]:
     words = "yes" if errors > 2 else "**no: worse**" if errors < -2 else "**no: within its error**"
     return f"{errors:.1f}", words
 
-# %% ../../nbs/engine/report.ipynb #eae4ac8b
-def _number(metric: Measured, between: str = " ± ") -> str:
-    "'-0.310 ± 0.021'."
-    if not metric.std_error:
-        return f"{metric.value:.4g}" if abs(metric.value) < 1000 else f"{metric.value:,.0f}"
-    digits = max(0, 1 - floor(log10(metric.std_error)))
-    return f"{metric.value:.{digits}f}{between}{metric.std_error:.{digits}f}"
-
+# %% ../../nbs/engine/report.ipynb #017cba2d
 def _table(head: list[str], rows: list[list[str]]) -> str:
     "A Markdown table."
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
-# %% ../../nbs/engine/report.ipynb #19dcc149
-def measure(metric: Measured) -> str:
-    "'-0.310 +- 0.021 nats (estimate)', for a terminal."
-    return f"{_number(metric, ' +- ')} {metric.unit} ({metric.kind})"
-
+# %% ../../nbs/engine/report.ipynb #64d1dfa3
 def columns(rows: list[list[str]]) -> str:
     "Rows of text, aligned."
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-# %% ../../nbs/engine/report.ipynb #13cb252e
+# %% ../../nbs/engine/report.ipynb #d0e96eb4
 def _runs_of(item: SimpleNamespace, runs: list) -> list:
     "The runs whose numbers stand under a table or figure."
     inside = {name for run in runs for name in run.parts}
@@ -128,11 +117,11 @@ def _found(row: SimpleNamespace, run: SimpleNamespace, item: SimpleNamespace) ->
         return None
     return f"{run.params[row.parameter]:g}" if row.parameter in run.params else run.metrics.get(row.metric)
 
-# %% ../../nbs/engine/report.ipynb #dec26ef6
+# %% ../../nbs/engine/report.ipynb #de964428
 def _cell(found: Measured | str | None) -> str:
     "A cell of a run's column."
     if isinstance(found, Measured):
-        return _number(found) + (f" (n\u00a0=\u00a0{found.n:,})" if found.n else "")
+        return found.short(" ± ") + (f" (n\u00a0=\u00a0{found.n:,})" if found.n else "")
     return found or ""
 
 def _about(row: SimpleNamespace, found: list) -> str:
@@ -144,7 +133,7 @@ def _about(row: SimpleNamespace, found: list) -> str:
     other = row.printed and any(m.unit != row.unit for m in metrics)
     return f"{row.unit} in the paper, here {words}" if other else words
 
-# %% ../../nbs/engine/report.ipynb #62ec8203
+# %% ../../nbs/engine/report.ipynb #64b86d23
 def _comparison(item: SimpleNamespace, runs: list) -> str:
     "The paper's rows beside the runs', as a Markdown table; below, metrics that it does not have."
     shown = {row.metric for row in item.rows}
@@ -164,7 +153,7 @@ def _named(data: str) -> str:
     "A data set's name for readers."
     return paper.DATA.get(data, data)
 
-# %% ../../nbs/engine/report.ipynb #527f1f3e
+# %% ../../nbs/engine/report.ipynb #b87f1ee8
 def _facts(run: SimpleNamespace) -> str:
     "One paragraph: data, size, seeds, hardware, time, date, commit and the command."
     first, seeds = run.params.get("seed", 0), run.params.get("seeds", 1)
@@ -183,7 +172,7 @@ def _facts(run: SimpleNamespace) -> str:
     by_hand = " (in JupyterLab; the nearest command)" if run.preset == "by hand" else ""
     return f"**`{run.name}`** {'; '.join(words)}{by_hand}\n\n```sh\n{_command_of(run)}\n```"
 
-# %% ../../nbs/engine/report.ipynb #7c832e56
+# %% ../../nbs/engine/report.ipynb #5a5a79df
 _PLACES = {"seed", "data_root", "inception", "parts"}
 
 def _made_by(asked: dict, runs: list) -> list[str]:
@@ -208,7 +197,7 @@ def _own_experiment(item: SimpleNamespace, runs: list) -> str:
                     f"It needs {item.needs}.\n\n```sh\n{missing}\n```")
     return "\n\n".join(said)
 
-# %% ../../nbs/engine/report.ipynb #d0dbc44f
+# %% ../../nbs/engine/report.ipynb #968de4d4
 def _place_of(run: SimpleNamespace, runs: list) -> str | None:
     "The first table or figure that a run stands under; its circumstances are told there."
     return next((item.name for item in paper.ITEMS.values() if run in _runs_of(item, runs)), None)
@@ -231,7 +220,7 @@ def pictures(name: str, runs: list) -> list[tuple[str, str]]:
             for run in _runs_of(item, runs) for figure in run.figures
             if any(fnmatch(figure, pattern) for pattern in item.figures)]
 
-# %% ../../nbs/engine/report.ipynb #6019d4dd
+# %% ../../nbs/engine/report.ipynb #eaab2c13
 def overview(runs: list) -> str:
     "Which runs stand under which table and figure."
     lines = []
@@ -248,12 +237,12 @@ def beats(runs: list) -> str:
     for run in runs:
         for what, gain, share in [] if run.parts else _gains(run.metrics):     # its parts tell their own
             errors, verdict = _verdict(gain)
-            lines.append([f"`{run.name}`", _named(run.data), f"`{what}`", f"{_number(gain)} {gain.unit}",
+            lines.append([f"`{run.name}`", _named(run.data), f"`{what}`", f"{gain.short(' ± ')} {gain.unit}",
                           "" if share is None else f"{share:.0%}", errors, verdict])
     head = ["run", "data", "comparison", "difference", "share", "standard errors", "beyond them?"]
     return _table(head, lines) if lines else "No run has recorded a comparison."
 
-# %% ../../nbs/engine/report.ipynb #694dfb1a
+# %% ../../nbs/engine/report.ipynb #56f4afb0
 _INTRODUCTION = """\
 <!-- Made by `ncp-vae report` from the folders of results/ and the paper's numbers: change nothing here. -->
 
@@ -275,7 +264,7 @@ distances the
 errors are taken as independent, and `share` is the part of the first distance that is gone. More than two
 standard errors count."""
 
-# %% ../../nbs/engine/report.ipynb #dcdb72e5
+# %% ../../nbs/engine/report.ipynb #c36b74bd
 def remainder(runs: list, others: list[list[str]]) -> str:
     "Runs that stand nowhere above, the drawings of the paper, and folders without a result."
     inside = {name for run in runs for name in run.parts}
@@ -286,7 +275,7 @@ def remainder(runs: list, others: list[list[str]]) -> str:
         parts.append("Without a result:\n\n" + _table(["folder", "state"], rows))
     return "\n\n".join(parts)
 
-# %% ../../nbs/engine/report.ipynb #c99442df
+# %% ../../nbs/engine/report.ipynb #5b499296
 def results_page(folder: str | Path) -> str:
     "The text of RESULTS.md, from the runs in a folder; ValueError where there is none."
     runs, others = read_results(folder)
@@ -296,14 +285,14 @@ def results_page(folder: str | Path) -> str:
         parts += [f"![{title}](results/{path})" for title, path in pictures(name, runs)]
     return "\n\n".join([*parts, "## The rest", remainder(runs, others)]) + "\n"
 
-# %% ../../nbs/engine/report.ipynb #6cbebbd5
+# %% ../../nbs/engine/report.ipynb #bf1a04cf
 def listing(folders: list[str]) -> str:
     "The metrics of succeeded runs in these folders; the others by name and state only."
-    rows, others = [["experiment", "preset", "metric", "value", "n", "paper", "run"]], []
+    rows, others = [["experiment", "preset", "metric", "value", "paper", "run"]], []
     for folder in folders:
         runs, more = read_results(folder)
         others += more
-        rows += [[run.experiment, run.preset, name, measure(metric), str(metric.n or "-"),
-                  str(metric.paper or "-"), run.name] for run in runs for name, metric in run.metrics.items()]
+        rows += [[run.experiment, run.preset, name, str(metric), str(metric.paper or "-"), run.name]
+                 for run in runs for name, metric in run.metrics.items()]
     text = columns(rows) if rows[1:] else f"no succeeded run in {', '.join(folders)}"
     return text + ("\n\nno results:\n" + columns(others) if others else "")
