@@ -236,6 +236,26 @@ def test_metric_takes_tensors_and_refuses_the_rest(clone):
     assert len((run.dir / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_the_record_says_its_data_model_and_parts(clone):
+    "By its parameters, or as the notebook tells finish."
+    first = ex.Run(ex.new_run(None, "toy", "smoke", {"dataset": "digits", "model": "nvae:digits"}))
+    first.metric("a", 1)
+    raw = ex.read_json(first.finish())
+    assert (raw["data"], raw["model"], raw["parts"]) == ("digits", "nvae:digits", [])
+    second = ex.Run(ex.new_run(None, "toy", "smoke", {"pattern": "nobody*"}))
+    second.metric("a", 1)
+    raw = ex.read_json(second.finish(data="mnist", parts=["b", "c"]))
+    assert (raw["data"], raw["model"], raw["parts"]) == ("mnist", "", ["b", "c"])
+    assert {key: raw[key] for key in ("data", "parts")} == {key: ex.read_record(second.dir)[key] for key in ("data", "parts")}
+
+
+def test_an_error_that_says_nothing_is_recorded_as_unknown(clone):
+    run = ex.Run(ex.new_run(None, "toy", "smoke", {}))
+    assert run.metric("a", Measured(1.0, std_error=float("inf"))).std_error is None
+    run.finish()
+    assert ex.read_record(run.dir)["metrics"]["a"].std_error is None
+
+
 def test_once_survives_an_attempt(clone):
     import torch
     run = ex.Run(ex.new_run(None, "toy", "smoke", {}))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['state_of', 'Run', 'read_record']
 
-# %% ../../nbs/engine/experiment.ipynb #6cde5a4a
+# %% ../../nbs/engine/experiment.ipynb #1436d40c
 import fcntl
 import json
 import os
@@ -22,11 +22,11 @@ from typing import Callable
 
 import psutil
 
-from .parameters import Experiment, notebooks, read_experiment
+from .parameters import Experiment, find_experiment, notebooks
 from .provenance import data_folder, environment, home
 from ..measured import Measured
 
-# %% ../../nbs/engine/experiment.ipynb #1995c48a
+# %% ../../nbs/engine/experiment.ipynb #7cc2f48f
 def write_json(path: Path, value) -> None:
     "Write plain, finite values; the old file stays until the new one is whole."
     part = path.with_name(path.name + ".part")
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
-# %% ../../nbs/engine/experiment.ipynb #a3ac1922
+# %% ../../nbs/engine/experiment.ipynb #2c7f8e4f
 def _alive(status: dict) -> bool:
     "Whether the process that wrote a status still runs; True where it is on another machine."
     if status["host"] != platform.node():
@@ -59,7 +59,7 @@ def state_of(folder: str | Path) -> str:
             return status["state"]
     return "killed"
 
-# %% ../../nbs/engine/experiment.ipynb #dc6c6295
+# %% ../../nbs/engine/experiment.ipynb #ea448355
 def begin(folder: Path, attempt: int) -> None:
     "Write that this process runs the run in `folder` from now on."
     write_json(folder / "status.json", dict(
@@ -71,7 +71,7 @@ def end(folder: Path, state: str, error: str | None = None) -> None:
     status = read_json(folder / "status.json")
     write_json(folder / "status.json", {**status, "state": state, "ended": time.time(), "error": error})
 
-# %% ../../nbs/engine/experiment.ipynb #8f0ea5dd
+# %% ../../nbs/engine/experiment.ipynb #33bb4303
 def new_run(folder: str | Path | None, experiment: str, preset: str, params: dict) -> Path:
     """Make and claim the folder of a run; None: runs/EXPERIMENT/TIME-PRESET.
 
@@ -92,7 +92,7 @@ def new_run(folder: str | Path | None, experiment: str, preset: str, params: dic
         raise ValueError(f"cannot write to {folder} ({error.strerror}): "
                          "name another folder with --out") from None
 
-# %% ../../nbs/engine/experiment.ipynb #2f807f4d
+# %% ../../nbs/engine/experiment.ipynb #590bb0fc
 def _folder_for(run_dir: str | Path, experiment: str) -> Path:
     "The folder that the command made for this kernel, or a new one: run_dir, '' for under runs."
     folder = Path(run_dir)
@@ -104,14 +104,13 @@ def _folder_for(run_dir: str | Path, experiment: str) -> Path:
                              'open a run of your own with run_dir = ""')
         return folder
     values = vars(sys.modules["__main__"])     # in a kernel: the variables of the notebook
-    notebook = notebooks().get(experiment)
-    known = read_experiment(notebook).parameters if notebook else {}
+    known = find_experiment(experiment).parameters if experiment in notebooks() else {}
     params = {name: values[name] for name in known if name in values}
     folder = new_run(run_dir or None, experiment, "by hand", params)
     print("a run by hand, in", folder if run_dir else folder.relative_to(home()))
     return folder
 
-# %% ../../nbs/engine/experiment.ipynb #81045a81
+# %% ../../nbs/engine/experiment.ipynb #dc82777d
 class RunFolder:
     "Where a run writes its files."
     def __init__(self, folder: Path):
@@ -135,7 +134,7 @@ class RunFolder:
             checkpoint.save(self.path(f"{name}.pt"), {"value": compute()})
         return checkpoint.load(self.path(f"{name}.pt"))["value"]
 
-# %% ../../nbs/engine/experiment.ipynb #9ed585ec
+# %% ../../nbs/engine/experiment.ipynb #023f42bd
 class Run(RunFolder):
     "One run, as its notebook sees it: a folder to write to, and the record that grows in it."
     def __init__(self, folder: Path):
@@ -170,7 +169,7 @@ class Run(RunFolder):
         _write_record(self, about)
         return self.dir / "metrics.json"
 
-# %% ../../nbs/engine/experiment.ipynb #171e04b4
+# %% ../../nbs/engine/experiment.ipynb #fa27ff5f
 def _completed(record: dict, beside: Path) -> dict:
     "A record with data, model and parts; where it lacks them, as old ones do, those of its parameters."
     params = record["params"]
@@ -193,7 +192,7 @@ def _write_record(run: Run, about: dict) -> None:
     if read_json(run.dir / "status.json")["pid"] == os.getpid():
         end(run.dir, "succeeded")
 
-# %% ../../nbs/engine/experiment.ipynb #f5191e23
+# %% ../../nbs/engine/experiment.ipynb #cd4273ac
 def read_record(folder: str | Path) -> dict:
     """The record of a run, with a `Measured` for each of its `metrics`.
 
@@ -210,7 +209,7 @@ def read_record(folder: str | Path) -> dict:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"metrics.json in {folder} is not its record: {error}") from None
 
-# %% ../../nbs/engine/experiment.ipynb #8bd1ef91
+# %% ../../nbs/engine/experiment.ipynb #ef49d49c
 def _check_resume(folder: Path, asked: dict, experiment: Experiment) -> dict:
     "The parameters of a run that can be resumed; ValueError where it cannot."
     if asked.get("experiment") != experiment.name:
@@ -226,7 +225,7 @@ def _check_resume(folder: Path, asked: dict, experiment: Experiment) -> dict:
                          "start a new run")
     return params
 
-# %% ../../nbs/engine/experiment.ipynb #46d4e4dc
+# %% ../../nbs/engine/experiment.ipynb #415e053e
 _ATTEMPT = ("status.json", "metrics.json", "metrics.jsonl", "environment.json", "notebook.ipynb")
 
 def resume_run(folder: Path, experiment: Experiment) -> dict:

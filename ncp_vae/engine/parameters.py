@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parameter', 'Experiment']
 
-# %% ../../nbs/engine/parameters.ipynb #43afa54b
+# %% ../../nbs/engine/parameters.ipynb #ee63c42a
 import ast
 import difflib
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 import ncp_vae
 from .provenance import home
 
-# %% ../../nbs/engine/parameters.ipynb #a564fbc9
+# %% ../../nbs/engine/parameters.ipynb #5cc78030
 _RANGE = re.compile(r"([\[(])([^,\[\](){}]+),([^,\[\](){}]+)([\])])|\{([^{}]+)\}")
 
 def _split(comment: str) -> tuple[str, str]:
@@ -41,7 +41,7 @@ def _inside(value, range_: str) -> bool:
     above = value >= float(low) if opens == "[" else value > float(low)
     return above and (value <= float(high) if closes == "]" else value < float(high))
 
-# %% ../../nbs/engine/parameters.ipynb #d48e9001
+# %% ../../nbs/engine/parameters.ipynb #af2fb882
 _TYPES = dict(int="a whole number", float="a number", bool="true or false", str="text")
 
 def _converted(value, type: str) -> int | float | bool | str | None:
@@ -55,7 +55,7 @@ def _converted(value, type: str) -> int | float | bool | str | None:
         if isfinite(number) and (type == "float" or number == int(number)):
             return float(number) if type == "float" else int(number)
 
-# %% ../../nbs/engine/parameters.ipynb #7f2352e6
+# %% ../../nbs/engine/parameters.ipynb #0a05669b
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell: `name: type = default  # range help`."
@@ -74,7 +74,7 @@ class Parameter:
             raise ValueError(f"parameter {self.name} = {value!r}: must lie in {self.range}")
         return converted
 
-# %% ../../nbs/engine/parameters.ipynb #614e4800
+# %% ../../nbs/engine/parameters.ipynb #ce8b7452
 def _parameters(source: str) -> dict[str, Parameter]:
     "The parameters of a cell, by name; nothing is executed. ValueError or SyntaxError where it is none."
     found = {}
@@ -94,14 +94,14 @@ def _parameters(source: str) -> dict[str, Parameter]:
         found[parameter.name] = replace(parameter, default=parameter.check(parameter.default))
     return found
 
-# %% ../../nbs/engine/parameters.ipynb #545bf453
+# %% ../../nbs/engine/parameters.ipynb #375814d8
 def unknown(what: str, name: str, known) -> ValueError:
     "The error for a name that is not among `known`: with the nearest, or else all of them."
     near = difflib.get_close_matches(name, list(known), 1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
     return ValueError(f"no {what} is called {name!r}; {hint}")
 
-# %% ../../nbs/engine/parameters.ipynb #f154098f
+# %% ../../nbs/engine/parameters.ipynb #1e40ec8e
 @dataclass(frozen=True)
 class Experiment:
     "A notebook that can be run, read without a kernel."
@@ -133,7 +133,7 @@ class Experiment:
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-# %% ../../nbs/engine/parameters.ipynb #d6d17e19
+# %% ../../nbs/engine/parameters.ipynb #d42b7bb2
 def params_for(experiment: Experiment, preset: str = "smoke", overrides: dict | None = None) -> dict:
     "All parameters but run_dir: the defaults, changed by the preset, changed by `overrides`."
     presets = experiment.presets()
@@ -142,7 +142,7 @@ def params_for(experiment: Experiment, preset: str = "smoke", overrides: dict | 
     defaults = {name: parameter.default for name, parameter in experiment.parameters.items()}
     return {**defaults, **presets[preset], **experiment.check(overrides or {})}
 
-# %% ../../nbs/engine/parameters.ipynb #40ca476d
+# %% ../../nbs/engine/parameters.ipynb #d2502dce
 def read_experiment(notebook: Path) -> Experiment:
     "Name, subtitle and parameters of a run notebook; ValueError says what is wrong with it."
     try:
@@ -164,7 +164,7 @@ def read_experiment(notebook: Path) -> Experiment:
     code = sum(cell["cell_type"] == "code" and bool("".join(cell["source"]).strip()) for cell in cells)
     return Experiment(notebook.stem, notebook.absolute(), subtitle, parameters, code)
 
-# %% ../../nbs/engine/parameters.ipynb #0c148d88
+# %% ../../nbs/engine/parameters.ipynb #9f1d54be
 def notebooks() -> dict[str, Path]:
     "The run notebooks by name: the clone's, else the package's own; ValueError without either."
     places = (home() / "nbs" / "runs", Path(ncp_vae.__file__).parent / "runs")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['home', 'data_folder', 'environment']
 
-# %% ../../nbs/engine/provenance.ipynb #e15c3d3d
+# %% ../../nbs/engine/provenance.ipynb #72d477f7
 import importlib.metadata
 import os
 import platform
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ncp_vae
 
-# %% ../../nbs/engine/provenance.ipynb #fa80a9b1
+# %% ../../nbs/engine/provenance.ipynb #3adeab7e
 def home() -> Path:
     "$NCP_VAE_HOME; else the clone that the package lies in; else, for an installed one, the current folder."
     clone = Path(ncp_vae.__file__).parent.parent
@@ -27,7 +27,7 @@ def data_folder(data_root: str = "") -> Path:
     "Where a run's data lie: data_root, or else $NCP_VAE_DATA, or else data/; below `home()` where relative."
     return home() / (data_root or os.environ.get("NCP_VAE_DATA", "data"))
 
-# %% ../../nbs/engine/provenance.ipynb #68bbf1d5
+# %% ../../nbs/engine/provenance.ipynb #c00234b6
 def _output_of(*command: str) -> str:
     "What a command prints, stripped; nothing where it is missing or fails."
     with suppress(OSError, subprocess.SubprocessError):
@@ -43,7 +43,7 @@ def _commit() -> str:
     dirty = "-dirty" if head and _output_of(*git, "status", "--porcelain") else ""
     return head + dirty or f"wheel {ncp_vae.__version__}"
 
-# %% ../../nbs/engine/provenance.ipynb #9eb75369
+# %% ../../nbs/engine/provenance.ipynb #9d1215d5
 _PACKAGES = ("ncp-vae", "torch", "torchvision", "accelerate", "numpy", "scikit-learn", "papermill",
              "ipykernel")
 
