@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/engine/cli.ipynb #def593c3
+# %% ../../nbs/engine/cli.ipynb #f642ca90
 import argparse
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from .parameters import (Experiment, find_experiment, notebooks, params_for,
 from .provenance import home
 from .report import columns, listing, read_results, results_page
 
-# %% ../../nbs/engine/cli.ipynb #c19c3ed3
+# %% ../../nbs/engine/cli.ipynb #2cef17f1
 def _tell(text: str, file=None) -> None:
     "Print a line at once; a terminal that has gone away is no reason to stop."
     with suppress(OSError, RuntimeError):
@@ -66,7 +66,7 @@ class _Watch:
             self.at += 1
             _tell(f"In [{self.at}] of {self.of}  {self.heading.lstrip('# ')}")
 
-# %% ../../nbs/engine/cli.ipynb #b86c978f
+# %% ../../nbs/engine/cli.ipynb #32f5525a
 @contextmanager
 def _started_kernel(log, folder: Path):
     """A kernel of this Python, at work in `folder`, shut down at the end.
@@ -83,7 +83,7 @@ def _started_kernel(log, folder: Path):
     finally:
         run_sync(manager.shutdown_kernel)()
 
-# %% ../../nbs/engine/cli.ipynb #348e99bb
+# %% ../../nbs/engine/cli.ipynb #609ffb01
 def _execute(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> None:
     "Execute the notebook into folder/notebook.ipynb; any failure is an exception here."
     import papermill
@@ -108,7 +108,7 @@ def _reason(error: Exception) -> str:
         return "the kernel died: often the machine was out of memory"
     return f"{error.ename}: {error.evalue}" if name == "PapermillExecutionError" else f"{name}: {error}"
 
-# %% ../../nbs/engine/cli.ipynb #8def1b09
+# %% ../../nbs/engine/cli.ipynb #daf4525e
 def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> None:
     "Execute, classify, and write down how it ended: 'succeeded', or 'failed' or 'interrupted' and why."
     try:
@@ -121,7 +121,7 @@ def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
         what = watch.received[0].name if watch.received else _reason(error)
         end(folder, state, f"cell In [{watch.at}]: {what}")
 
-# %% ../../nbs/engine/cli.ipynb #4392543d
+# %% ../../nbs/engine/cli.ipynb #c4bc3f14
 def _assignments(pairs: list[str]) -> dict[str, str]:
     "['steps=3'] -> {'steps': '3'}; ValueError where one is no assignment, or a name comes twice."
     found = {}
@@ -132,6 +132,7 @@ def _assignments(pairs: list[str]) -> dict[str, str]:
         found[name] = value
     return found
 
+# %% ../../nbs/engine/cli.ipynb #0c15860b
 def _run(args: argparse.Namespace) -> int:
     "ncp-vae run: a new run, or another attempt at an unfinished one."
     experiment = find_experiment(args.name)
@@ -152,7 +153,7 @@ def _run(args: argparse.Namespace) -> int:
     _attempt(experiment, folder, params, watch)
     return _farewell(experiment.name, folder, watch)
 
-# %% ../../nbs/engine/cli.ipynb #bf1789b0
+# %% ../../nbs/engine/cli.ipynb #a8cb7001
 def _farewell(name: str, folder: Path, watch: _Watch) -> int:
     "Say how the run ended, what there is and what can be done next; return the exit code."
     status = read_json(folder / "status.json")
@@ -169,7 +170,7 @@ def _farewell(name: str, folder: Path, watch: _Watch) -> int:
           f"go on with:   {again}", sys.stderr)
     return 128 + watch.received[0] if status["state"] == "interrupted" else 1
 
-# %% ../../nbs/engine/cli.ipynb #3ff57553
+# %% ../../nbs/engine/cli.ipynb #266e904e
 def _execute_in_place(path: Path) -> None:
     "Execute a notebook and keep its outputs; ValueError where a cell fails, and nothing is written."
     import nbformat
@@ -192,7 +193,7 @@ def _execute_in_place(path: Path) -> None:
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 
-# %% ../../nbs/engine/cli.ipynb #7036803e
+# %% ../../nbs/engine/cli.ipynb #8d057b40
 def _report(args: argparse.Namespace) -> int:
     "ncp-vae report: RESULTS.md and the results notebook from results/, or the metrics of folders."
     if args.folders:
@@ -207,7 +208,7 @@ def _report(args: argparse.Namespace) -> int:
     _tell(f"written: {home() / 'RESULTS.md'}, from {len(runs)} runs; {len(others)} without a result")
     return 0
 
-# %% ../../nbs/engine/cli.ipynb #34f775c3
+# %% ../../nbs/engine/cli.ipynb #30ca4986
 def _list(args: argparse.Namespace) -> int:
     "ncp-vae list: the experiments, one line each."
     rows = []
@@ -231,7 +232,7 @@ def _params(args: argparse.Namespace) -> int:
     _tell(f"{experiment.subtitle}\n\n{columns(rows)}")
     return 0
 
-# %% ../../nbs/engine/cli.ipynb #db0e5d78
+# %% ../../nbs/engine/cli.ipynb #ba943a56
 _COMMANDS = {
     _list: [],
     _params: [(["name"], {})],
@@ -259,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(*names, **about)
     return top
 
-# %% ../../nbs/engine/cli.ipynb #80fbe940
+# %% ../../nbs/engine/cli.ipynb #d25ea958
 def main(argv: list[str] | None = None) -> int:
     "The command `ncp-vae`; returns its exit code."
     args = _parser().parse_args(argv)
