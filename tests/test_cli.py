@@ -183,7 +183,7 @@ def test_bad_input_is_refused_before_anything_is_made(ask, clone, arguments, wor
 
 def test_a_run_that_succeeds(ended):
     code, out, err, folder = ended["counts"]
-    assert code == 0 and state_of(folder) == "succeeded" and "3.00 +- 0.50 1 (estimate)" in out, err
+    assert code == 0 and state_of(folder) == "succeeded" and "3.00 +- 0.50 1 (estimate, n = 3)" in out, err
     raw = json.loads((folder / "metrics.json").read_text())
     assert set(raw) == {"experiment", "preset", "params", "data", "model", "parts", "commit", "environment", "seconds", "metrics"}
     assert (raw["data"], raw["model"], raw["parts"]) == ("counts", "", [])      # no parameter says more
@@ -212,8 +212,8 @@ def test_the_report_shows_results_only(ended, ask, clone):
     code, out, _ = ask("report", clone / "ended")
     results, _, others = out.partition("no results:")
     assert code == 0 and [line.split()[2:] for line in results.splitlines()[1:] if line] == [
-        ["before", "0.25", "nats", "(estimate)", "-", "-", "counts"],
-        ["steps", "3.00", "+-", "0.50", "1", "(estimate)", "3", "4.0", "counts"]]
+        ["before", "0.25", "nats", "(estimate)", "-", "counts"],
+        ["steps", "3.00", "+-", "0.50", "1", "(estimate,", "n", "=", "3)", "4.0", "counts"]]
     assert [line.split() for line in others.split("\n")[1:-1]] == [[name, "failed"] for name in
                                                                ("early", "forgets", "leaves", "raises", "vanishes")]
 
