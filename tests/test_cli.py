@@ -15,7 +15,7 @@ from ncp_vae.engine.experiment import read_record, state_of
 
 COMMAND = [str(Path(sys.executable).parent / "ncp-vae")]
 PATIENT = [sys.executable, "-c",      # the command with an hour, not a minute, before it ends a cell that was interrupted
-           "import sys; from ncp_vae.engine import cli; cli.GRACE = 3600.0; sys.exit(cli.main())"]
+           "import sys; from ncp_vae.engine import cli; cli._GRACE = 3600.0; sys.exit(cli.main())"]
 GUARD = 600                           # seconds, against a test that hangs; nothing is concluded from them
 PARAMETERS = 'run_dir: str = ""\nseed: int = 0  # [0, inf)\nsteps: int = 3  # [1, inf) how many\nname: str = "a"  # {a, "b"}\n'
 OPEN = "from ncp_vae.engine.experiment import Run\nrun = Run.open(run_dir, NAME)\nrun.metric('before', 0.25)"
@@ -183,9 +183,10 @@ def test_bad_input_is_refused_before_anything_is_made(ask, clone, arguments, wor
 
 def test_a_run_that_succeeds(ended):
     code, out, err, folder = ended["counts"]
-    assert code == 0 and state_of(folder) == "succeeded" and "3.00 +- 0.50 1 (estimate)" in out, err
+    assert code == 0 and state_of(folder) == "succeeded" and "3.00 +- 0.50 1 (estimate, n = 3)" in out, err
     raw = json.loads((folder / "metrics.json").read_text())
-    assert set(raw) == {"experiment", "preset", "params", "commit", "environment", "seconds", "metrics"}
+    assert set(raw) == {"experiment", "preset", "params", "data", "model", "parts", "commit", "environment", "seconds", "metrics"}
+    assert (raw["data"], raw["model"], raw["parts"]) == ("counts", "", [])      # no parameter says more
     assert raw["params"] == {"seed": 0, "steps": 3, "name": '"b"'} and raw["preset"] == "smoke"
     assert (folder / "threads").read_text() == "1"                   # the command's own choice
     assert raw["metrics"]["steps"] == dict(value=3.0, std_error=0.5, unit="1", kind="estimate", n=3, paper=4.0)
@@ -211,8 +212,8 @@ def test_the_report_shows_results_only(ended, ask, clone):
     code, out, _ = ask("report", clone / "ended")
     results, _, others = out.partition("no results:")
     assert code == 0 and [line.split()[2:] for line in results.splitlines()[1:] if line] == [
-        ["before", "0.25", "nats", "(estimate)", "-", "-", "counts"],
-        ["steps", "3.00", "+-", "0.50", "1", "(estimate)", "3", "4.0", "counts"]]
+        ["before", "0.25", "nats", "(estimate)", "-", "counts"],
+        ["steps", "3.00", "+-", "0.50", "1", "(estimate,", "n", "=", "3)", "4.0", "counts"]]
     assert [line.split() for line in others.split("\n")[1:-1]] == [[name, "failed"] for name in
                                                                ("early", "forgets", "leaves", "raises", "vanishes")]
 
@@ -283,7 +284,7 @@ def test_ctrl_c_keeps_the_training_and_resume_goes_on(start, ask, clone):
     wait_for(lambda: (folder / "history.jsonl").is_file(), "the first line of history")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=GUARD)
-    assert process.returncode == 130 and state_of(folder) == "interrupted" and "SIGINT in cell In [4]" in err
+    assert process.returncode == 130 and state_of(folder) == "interrupted" and "cell In [4]: SIGINT" in err
     assert "vae.pt" in err and "jupyter lab" in err and "--resume" in err
     assert (folder / "vae.pt").is_file() and not (folder / "metrics.json").exists()
     assert "train  interrupted" in ask("report", clone / "stopped")[1]

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from ncp_vae.engine import experiment as ex
+from ncp_vae.engine import parameters as pa
 from ncp_vae.measured import Measured
 
 CELL = 'run_dir: str = ""\nseed: int = 0  # [0, inf)\nsteps: int = 3  # [1, 100] how many\n'
@@ -39,7 +40,7 @@ def python(code):
     ("1e-3", "float", 0.001), ("3", "float", 3.0), ("TRUE", "bool", True), ("false", "bool", False), ("", "str", ""),
 ])
 def test_text_becomes_the_type(text, type_, value):
-    found = ex.convert(text, type_)
+    found = pa.Parameter("p", type_, "").check(text)
     assert found == value and type(found) is type(value)
 
 
@@ -49,7 +50,7 @@ def test_text_becomes_the_type(text, type_, value):
 ])
 def test_nothing_is_guessed(value, type_):
     with pytest.raises(ValueError, match="expected"):
-        ex.convert(value, type_)
+        pa.Parameter("p", type_, "").check(value)
 
 
 @pytest.mark.parametrize("range_, good, bad", [
@@ -57,50 +58,52 @@ def test_nothing_is_guessed(value, type_):
     ("(0, 1]", [1e-300, 1], [0, 1.0000001]), ("{2, 4}", [2, 4], [3]), ("{a, b c}", ["a", "b c"], ["b", "c", ""]),
 ])
 def test_ranges(range_, good, bad):
-    assert all(ex.inside(value, range_) for value in good) and not any(ex.inside(value, range_) for value in bad)
+    assert all(pa._inside(value, range_) for value in good) and not any(pa._inside(value, range_) for value in bad)
 
 
 def test_comments_and_strings_are_told_apart():
-    found = ex.parse_parameters('# first\nname: str = "#1"  # {#1, #2} which one # really\n\n# the end')
-    assert found["name"] == ex.Parameter("name", "str", "#1", "{#1, #2}", "which one # really")
+    found = pa._parameters('# first\nname: str = "#1"  # {#1, #2} which one # really\n\n# the end')
+    assert found["name"] == pa.Parameter("name", "str", "#1", "{#1, #2}", "which one # really")
 
 
 @pytest.mark.parametrize("cell, words", [
     ("a = 1", "not `name: type = literal`"), ("a: int", "not `name"), ("a: int = 2 * 3", "next cell"), ("a: int = -b", "not `name"),
     ("a: list = []", "not `name"), ("import os", "not `name"), ("a.b: int = 1", "not `name"), ("a: int = 1.5", "whole number"),
     ("a: int = 0  # [1, 2]", "must lie in"), ("a: int = 0  # (0 to 1) words", "begins like a range"),
-    ("a: int = 0  # [low, high]", "line 1"), ("a: str = ''  # [0, 1]", "no number"), ("a: int = 1\na: int = 1", "line 2"),
-    ("%time", "plain Python"),
+    ("a: int = 0  # [low, high]", "'low'"), ("a: str = ''  # [0, 1]", "must lie in"), ("a: int = 1\na: int = 1", "a is there twice"),
+    ("%time", "line 1"), ("seed: int = 0", "run_dir: str"), ('run_dir: str = ""', "seed: int"), ('seed: str = ""', "seed: int"),
 ])
-def test_cells_that_could_mislead_are_refused(cell, words):
-    with pytest.raises(ValueError, match=words):
-        ex.parse_parameters(cell)
-
-
-def test_required_parameters_and_the_tag(clone):
+def test_cells_that_could_mislead_are_refused(clone, cell, words):
     path = clone / "nbs" / "runs" / "toy.ipynb"
-    for source, tags, words in [("seed: int = 0", ["parameters"], "run_dir: str"), ('run_dir: str = ""', ["parameters"], "seed: int"),
-                                (CELL, [], "0 cells are tagged")]:
-        path.write_text(json.dumps(dict(cells=[dict(cell_type="code", source=source, metadata=dict(tags=tags))])))
-        with pytest.raises(ValueError, match=words):
-            ex.find_experiment("toy")
+    path.write_text(json.dumps(dict(cells=[dict(cell_type="code", source=cell, metadata=dict(tags=["parameters"]))])))
+    with pytest.raises(ValueError, match="toy.ipynb is not a run notebook.*" + words):
+        pa.find_experiment("toy")
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"cells": []}', "0 cells are tagged"), ("{", "Expecting"), ("[]", "indices"),
+    (json.dumps(dict(cells=2 * [dict(cell_type="code", source=CELL, metadata=dict(tags=["parameters"]))])), "2 cells are tagged")])
+def test_files_that_are_no_run_notebooks_are_refused(clone, content, words):
+    (clone / "nbs" / "runs" / "toy.ipynb").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        pa.find_experiment("toy")
 
 
 def test_presets_are_as_strict_as_the_command_line(clone):
-    toy, preset = ex.find_experiment("toy"), clone / "nbs" / "runs" / "toy.yaml"
-    preset.write_text("smoke: {}\ncpu: {steps: 1e1}\nfull: {steps: 100, seed: 4}\n")      # YAML reads 1e1 as text
-    assert ex.params_for(toy, "cpu") == dict(seed=0, steps=10)
-    assert ex.params_for(toy, "full", {"steps": "50"}) == dict(seed=4, steps=50)
-    for text in ["full: {steps: 101}", "full: {stepz: 1}", "fulll: {}", "full:", "- full", "full: {run_dir: x}", "full: {steps: true}"]:
+    toy, preset = pa.find_experiment("toy"), clone / "nbs" / "runs" / "toy.yaml"
+    preset.write_text("cpu: {steps: 1e1}\nfull: {steps: 100, seed: 4}\n")      # YAML reads 1e1 as text
+    assert pa.params_for(toy, "cpu") == dict(seed=0, steps=10)
+    assert pa.params_for(toy, "full", {"steps": "50"}) == dict(seed=4, steps=50)
+    for text in ["smoke: {steps: 3}", "a: ]", "full: {steps: 101}", "full: {stepz: 1}", "fulll: {}", "full:", "- full", "full: {run_dir: x}", "full: {steps: true}"]:
         preset.write_text(text)
         with pytest.raises(ValueError, match="toy.yaml"):
-            ex.params_for(toy, "smoke")
+            pa.params_for(toy, "smoke")
 
 
 def test_without_a_clone_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("NCP_VAE_HOME", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="pip install -e"):
-        ex.find_experiment("toy")
+    with pytest.raises(ValueError, match="NCP_VAE_HOME must name a clone"):
+        pa.find_experiment("toy")
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -149,8 +152,8 @@ def test_states_of_processes(tmp_path):
 
 
 def test_only_one_resumes(clone):
-    toy = ex.find_experiment("toy")
-    folder = ex.new_run(None, "toy", "smoke", ex.params_for(toy))
+    toy = pa.find_experiment("toy")
+    folder = ex.new_run(None, "toy", "smoke", pa.params_for(toy))
     (folder / "notebook.ipynb").write_text("first")
     ex.write_json(folder / "metrics.json", {"of": "an attempt that failed in a later cell"})
     ex.end(folder, "failed", "why")
@@ -172,7 +175,7 @@ def test_only_one_resumes(clone):
 
 
 def test_resume_refuses_what_has_changed(clone):
-    toy = ex.find_experiment("toy")
+    toy = pa.find_experiment("toy")
     folder = ex.new_run(None, "toy", "smoke", {"seed": 0})             # of a time when there were no steps
     ex.end(folder, "interrupted")
     with pytest.raises(ValueError, match="other parameters now"):
@@ -233,6 +236,26 @@ def test_metric_takes_tensors_and_refuses_the_rest(clone):
     assert len((run.dir / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_the_record_says_its_data_model_and_parts(clone):
+    "By its parameters, or as the notebook tells finish."
+    first = ex.Run(ex.new_run(None, "toy", "smoke", {"dataset": "digits", "model": "nvae:digits"}))
+    first.metric("a", 1)
+    raw = ex.read_json(first.finish())
+    assert (raw["data"], raw["model"], raw["parts"]) == ("digits", "nvae:digits", [])
+    second = ex.Run(ex.new_run(None, "toy", "smoke", {"pattern": "nobody*"}))
+    second.metric("a", 1)
+    raw = ex.read_json(second.finish(data="mnist", parts=["b", "c"]))
+    assert (raw["data"], raw["model"], raw["parts"]) == ("mnist", "", ["b", "c"])
+    assert {key: raw[key] for key in ("data", "parts")} == {key: ex.read_record(second.dir)[key] for key in ("data", "parts")}
+
+
+def test_an_error_that_says_nothing_is_recorded_as_unknown(clone):
+    run = ex.Run(ex.new_run(None, "toy", "smoke", {}))
+    assert run.metric("a", Measured(1.0, std_error=float("inf"))).std_error is None
+    run.finish()
+    assert ex.read_record(run.dir)["metrics"]["a"].std_error is None
+
+
 def test_once_survives_an_attempt(clone):
     import torch
     run = ex.Run(ex.new_run(None, "toy", "smoke", {}))
@@ -256,6 +279,6 @@ def test_damaged_records_are_not_read(clone, damage):
 
 
 def test_environment_describes_without_importing_torch():
-    code = "import json, sys; from ncp_vae.engine.experiment import environment; e = environment(); "
+    code = "import json, sys; from ncp_vae.engine.provenance import environment; e = environment(); "
     e = json.loads(python(code + "assert 'torch' not in sys.modules; print(json.dumps(e))"))
     assert e["packages"]["torch"] and e["threads"] is None and e["cpus"] == os.cpu_count()

@@ -2,15 +2,19 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-from ncp_vae.engine import paper, report
-from ncp_vae.engine.experiment import find_experiment, home, params_for
+from ncp_vae.engine import cli, paper, report
+from ncp_vae.engine.experiment import read_record
+from ncp_vae.engine.parameters import find_experiment, notebooks, params_for
+from ncp_vae.engine.provenance import home
 from ncp_vae.measured import Measured
 
 ROOT = Path(__file__).parents[1]
@@ -110,14 +114,17 @@ def test_an_empty_folder_gives_a_page_without_results(tmp_path):
     ("gaussians25", "cpu", {"lr": 1e-5}),
 ])
 def test_the_command_of_a_record_repeats_it(tmp_path, experiment, preset, given):
-    run = write(tmp_path / "run", experiment, preset, given)
-    record = report.read_record(run)
-    assert report.asked_by(report.command_of(record)) == (experiment, record["params"])
+    write(tmp_path / "run", experiment, preset, given)
+    ((run,), _) = report.read_results(tmp_path)
+    words = cli._parser().parse_args(shlex.split(report._command_of(run))[1:])
+    assert words.name == experiment
+    assert params_for(find_experiment(experiment), words.preset or "smoke", cli._assignments(words.param)) == run.params
 
 
 def test_the_command_names_only_what_differs(tmp_path):
-    record = report.read_record(write(tmp_path / "run", given={"seed": 3, "groups": 2}))
-    assert report.command_of(record) == "ncp-vae run hierarchical --preset cpu -p seed=3 -p groups=2"
+    write(tmp_path / "run", given={"seed": 3, "groups": 2})
+    ((run,), _) = report.read_results(tmp_path)
+    assert report._command_of(run) == "ncp-vae run hierarchical --preset cpu -p seed=3 -p groups=2"
 
 
 def test_a_run_by_hand_gets_the_nearest_command(tmp_path):
@@ -130,15 +137,16 @@ def test_a_run_by_hand_gets_the_nearest_command(tmp_path):
 
 def test_a_record_of_a_notebook_that_is_gone_is_refused():
     with pytest.raises(ValueError, match="no experiment is called 'gone'"):
-        report.command_of(dict(experiment="gone", preset="cpu", params={}))
+        report._command_of(SimpleNamespace(experiment="gone", preset="cpu", params={}))
 
 
 def test_the_papers_commands_can_be_typed():
-    for item in paper.in_order():
-        for command in item.commands:
-            if command.split()[2] in report.notebooks():
-                name, params = report.asked_by(command)
-                assert params["seed"] == 0, command
+    for item in paper.ITEMS.values():
+        for asked in item.experiments:
+            words = cli._parser().parse_args(shlex.split(report._typed(**asked))[1:])
+            assert words.name in notebooks() and (words.out or "") == asked.get("out", "")
+            typed = params_for(find_experiment(words.name), words.preset or "smoke", cli._assignments(words.param))
+            assert typed == params_for(find_experiment(asked["experiment"]), asked["preset"], asked["params"])
 
 
 def test_the_papers_own_experiment_is_recognised(tmp_path):
@@ -173,35 +181,62 @@ def test_runs_that_another_lays_side_by_side_are_shown_by_it(tmp_path):
     assert "nll_gain_k1" not in report.beats(runs) and report.beats(runs).count("`hierarchical_k1`") == 1
 
 
+def test_a_record_says_what_it_is_about_whatever_its_parameters_are_called(tmp_path):
+    "A run that takes up others says their data and names to finish; here its parameters say other ones."
+    write(tmp_path / "part", given={"dataset": "mnist"})
+    folder = write(tmp_path / "groups", "groups", "smoke", {"pattern": "nobody"}, {"nll_gain_k1": dict(value=0.8, std_error=0.1)})
+    record = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**record, "data": "omniglot", "model": "dense", "parts": ["part"]}))
+    text = report.section("Table 5", report.read_results(tmp_path)[0])
+    assert "`groups`, Omniglot" in text and "**`part`** on MNIST" in text
+
+
+@pytest.mark.parametrize("experiment, given, about", [
+    ("hierarchical", {"dataset": "mnist5k", "model": "nvae:mnist"}, ("mnist5k", "nvae:mnist", [])),
+    ("gaussians25", {}, ("gaussians25", "", [])),
+    ("groups", {"pattern": "part*"}, ("mnist", "", ["part1", "part2"])),
+    ("shares", {"pattern": "elsewhere*"}, ("shares", "", [])),
+    ("studies", {"trained": "runs/hierarchical/part1"}, ("mnist", "", [])),
+    ("studies", {"trained": "runs/hierarchical/elsewhere"}, ("studies", "", [])),
+])
+def test_an_older_record_is_completed_from_its_parameters(tmp_path, experiment, given, about):
+    for name in ("part1", "part2"):
+        write(tmp_path / name, given={"dataset": "mnist"})
+    record = read_record(write(tmp_path / "old", experiment, "smoke", given))
+    assert (record["data"], record["model"], record["parts"]) == about
+
+
 def test_a_run_outside_the_tables_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.delitem(paper.ITEMS, "Figure 11")
+    monkeypatch.setattr(paper, "ITEMS", {name: item for name, item in paper.ITEMS.items() if name != "Figure 11"})
     write(tmp_path / "toy", "gaussians25", "cpu")
     assert "**`toy`**" in page(tmp_path)[1]
 
 
 def test_a_unit_that_is_not_the_papers_is_said():
-    row = paper.Row("NCP-VAE", "5.25", metric="frechet_ncp")
-    assert report.about(row, [Measured(0.1, unit="feature distance")]) == "FID in the paper, here feature distance, estimate"
-    assert report.about(row, [Measured(6.0, unit="FID")]) == "FID, estimate"
+    row = paper.row("NCP-VAE", "5.25", metric="frechet_ncp")
+    assert report._about(row, [Measured(0.1, unit="feature distance")]) == "FID in the paper, here feature distance, estimate"
+    assert report._about(row, [Measured(6.0, unit="FID")]) == "FID, estimate"
 
 
 @pytest.mark.parametrize("base, ncp, answer", [((10.0, 0.3), (8.0, 0.4), "yes"), ((10.0, 0.3), (9.5, 0.4), "**no: within its error**"),
                                                ((10.0, 0.3), (12.0, 0.4), "**no: worse**"), ((10.0, None), (8.0, 0.4), "its error is not known")])
 def test_the_answer_to_whether_the_prior_beats_its_base(base, ncp, answer):
-    (gain,) = report.gains({"frechet_base": Measured(base[0], base[1]), "frechet_ncp": Measured(ncp[0], ncp[1])})
-    assert report.verdict(gain) == answer
-    assert gain.metric.value == base[0] - ncp[0] and gain.share == (base[0] - ncp[0]) / base[0]
-    assert gain.metric.std_error is None or gain.metric.std_error == pytest.approx(0.5)
+    ((_, gain, share),) = report._gains({"frechet_base": Measured(base[0], base[1]), "frechet_ncp": Measured(ncp[0], ncp[1])})
+    assert report._verdict(gain)[1] == answer
+    assert gain.value == base[0] - ncp[0] and share == (base[0] - ncp[0]) / base[0]
+    assert gain.std_error is None or gain.std_error == pytest.approx(0.5)
 
 
 # ---- the paper's numbers --------------------------------------------------------------------------------------------
 
 def test_every_table_and_figure_is_there_once():
-    numbers = [int(item.name.split()[1]) for item in paper.in_order()]
+    numbers = [int(name.split()[1]) for name in paper.ITEMS]
     assert numbers[:9] == list(range(1, 10)) and sorted(numbers[9:] + [1, 2, 5]) == list(range(1, 13))
-    for item in paper.in_order():
+    for item in paper.ITEMS.values():
         models = [row.model for row in item.rows]
-        assert len(models) == len(set(models)) and all(not row.printed or row.value == float(row.printed) for row in item.rows)
+        assert len(models) == len(set(models))
+        for row in item.rows:
+            assert not row.printed or paper.value(item.name, row.model) == float(row.printed)
 
 
 @pytest.mark.parametrize("call, words", [

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ncp_vae.engine.experiment import KINDS, find_experiment
+from ncp_vae.engine.parameters import find_experiment
+from ncp_vae.measured import KINDS
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted(path.parent for path in (ROOT / "results").glob("*/params.json"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ncp_vae.engine.experiment import KINDS
+from ncp_vae.measured import KINDS
 
 RUNS = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "nbs" / "runs").glob("[!_.]*.ipynb"))
 
