@@ -31,10 +31,12 @@ def use_style() -> None:
 def montage(images: Tensor, columns: int) -> Tensor:
     "[N, C, H, W] in [0, 1] -> one picture [rows (H + 1) + 1, columns (W + 1) + 1 (, 3)] with thin lines between."
     n, channels, height, width = images.shape
-    rows, line = -(-n // columns), 0.15 if channels == 1 else 1.0
+    rows = -(-n // columns)
+    line = 0.15 if channels == 1 else 1.0
     picture = torch.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), line)
     for i, image in enumerate(images.detach().cpu().clamp(0, 1)):
-        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        top = i // columns * (height + 1) + 1
+        left = i % columns * (width + 1) + 1
         picture[:, top:top + height, left:left + width] = image
     return picture[0] if channels == 1 else picture.permute(1, 2, 0)
 
