@@ -8,7 +8,7 @@ from ncp_vae.bound import elbo, iwae
 from ncp_vae.engine.train import fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE, RaeVAE
 from ncp_vae.models.hierarchical import DenseHierarchy
-from ncp_vae.models.priors import GaussianMixture, NormalMixture, fit_mixture
+from ncp_vae.models.priors import GaussianMixture, NormalMixture
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.prior import NoiseContrastivePrior
 from ncp_vae.sampling import HMC, MALA, SIR, SMC, Langevin, proposal_budget
@@ -25,7 +25,7 @@ def vae():
 @pytest.fixture(scope="module")
 def mixed(vae):
     images = torch.rand(200, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    return fit_mixture(vae, images, components=2, seed=0)
+    return WithPriors(vae, [GaussianMixture.fit(vae, images, components=2, seed=0)])
 
 
 def parameters(components=3, dim=4):
@@ -105,7 +105,7 @@ def test_what_it_refuses(vae, mixed):
     images = torch.rand(100, 1, 4, 4)
     for wrong in [dict(components=0), dict(components=20)]:
         with pytest.raises(ValueError, match="GaussianMixture.fit: images must be at least 2 D a component, got latents of D = 3"):
-            fit_mixture(vae, images, **wrong)
+            GaussianMixture.fit(vae, images, **wrong)
     with pytest.raises(TypeError, match="Normal priors"):
         mixed.walk(from_prior(temperature=0.7), n=2)
     with pytest.raises(ValueError, match="2 laws for a VAE of 1 latent groups"):

@@ -12,7 +12,9 @@ from torch.nn.functional import interpolate, silu
 
 # %% ../../nbs/models/cells.ipynb #74fa7a9b
 class NormedConv2d(nn.Conv2d):
-    "A convolution whose kernel has the learned norm exp(log_norm) in each output channel. Arguments as of nn.Conv2d."
+    """A convolution whose kernel has the learned norm exp(log_norm) in each output channel.
+
+    Arguments as of nn.Conv2d."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -38,23 +40,30 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.05)
 
 class SqueezeExcite(nn.Module):
-    "Channels weighed by a function of their means: [B, C, H, W] -> the same. A sixteenth of C hidden units, at least 4."
+    """Channels weighed by a function of their means: [B, C, H, W] -> the same.
+
+    A sixteenth of C hidden units, at least 4."""
 
     def __init__(self, channels: int):
         super().__init__()
         hidden = max(channels // 16, 4)
-        self.gate = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
+        self.gate = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(),
+                                  nn.Linear(hidden, channels), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x.mean((2, 3)))[..., None, None]
 
 # %% ../../nbs/models/cells.ipynb #96618412
 def squares(x: Tensor) -> Tensor:
-    "The pixels of every 2x2 square side by side as channels: [B, C, H, W] with even H, W -> [B, 4 C, H / 2, W / 2]."
+    """The pixels of every 2x2 square side by side as channels.
+
+    [B, C, H, W] with even H, W -> [B, 4 C, H / 2, W / 2]."""
     return torch.cat([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=1)
 
 class _Halve(nn.Module):
-    "Swish and the factorised reduction: [B, C, H, W] with even H, W -> [B, out, H / 2, W / 2]; out divisible by 4."
+    """Swish and the factorised reduction; out divisible by 4.
+
+    [B, C, H, W] with even H, W -> [B, out, H / 2, W / 2]."""
 
     def __init__(self, channels: int, out: int):
         super().__init__()

@@ -25,12 +25,16 @@ class PlainConfig:
         unknown = sorted(values.keys() - known)
         missing = sorted(known - values.keys())
         if unknown or missing:
-            raise ValueError(f"{cls.__name__}: unknown keys {unknown}, missing keys {missing}; the keys are {sorted(known)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            raise ValueError(f"{cls.__name__}: unknown keys {unknown}, missing keys {missing}; "
+                             f"the keys are {sorted(known)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value
+                      for key, value in values.items()})
 
 # %% ../../nbs/models/config.ipynb #4dae15d1
 def configured(cls):
-    "The class, whose objects keep their constructor's arguments as `config`: type(x)(**x.config) is built like x."
+    """The class, whose objects keep their constructor's arguments as `config`.
+
+    type(x)(**x.config) is built like x."""
     build = cls.__init__
     signature = inspect.signature(cls.__init__)
     @wraps(build)

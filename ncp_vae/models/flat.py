@@ -29,7 +29,9 @@ def mlp(widths: Sequence[int], activation) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 def _normal_from(out: Tensor):
-    "A network's output [B, 2 D] -> N(first half, diag(max(1e-5, softplus(second half))^2)): batch [B], event [D]."
+    """A network's output [B, 2 D] -> N(first half, diag(max(1e-5, softplus(second half))^2)).
+
+    Batch [B], event [D]."""
     loc, raw = at_least_float32(out).chunk(2, dim=-1)
     return diagonal_normal(loc, softplus(raw).clamp_min(1e-5))
 
@@ -44,11 +46,12 @@ def check_shape(x: Tensor, image_shape: torch.Size) -> Tensor:
 class DenseVAE(FlatVAE):
     """Multilayer perceptrons both ways, a diagonal Normal posterior.
 
-    image_shape: of one image. hidden: the encoder's widths; the decoder's are the reverse. sigma: None for a Bernoulli
-    likelihood on binary images, else the standard deviation of a Normal one. mean: [*image_shape], None for zero."""
+    image_shape: of one image. hidden: the encoder's widths; the decoder's are the reverse.
+    sigma: None for a Bernoulli likelihood on binary images, else the standard deviation of a
+    Normal one. mean: [*image_shape], None for zero."""
 
-    def __init__(self, image_shape, latent_dim: int, hidden: Sequence[int] = (300, 300), activation=nn.Tanh,
-                 sigma: float | None = None, mean: Tensor | None = None):
+    def __init__(self, image_shape, latent_dim: int, hidden: Sequence[int] = (300, 300),
+                 activation=nn.Tanh, sigma: float | None = None, mean: Tensor | None = None):
         super().__init__(latent_dim)
         self.image_shape = torch.Size(image_shape)
         self.sigma = sigma
@@ -72,11 +75,15 @@ class DenseVAE(FlatVAE):
 
 # %% ../../nbs/models/flat.ipynb #b1500b8c
 def gaussians_vae(latent_dim: int = 20, sigma: float = 0.05) -> DenseVAE:
-    "App. I: four layers with 256 hidden units each way, 20 latents. ReLU and the fixed sigma are choices of ours."
+    """App. I: four layers with 256 hidden units each way, 20 latents.
+
+    ReLU and the fixed sigma are choices of ours."""
     return DenseVAE((2,), latent_dim, hidden=(256, 256, 256), activation=nn.ReLU, sigma=sigma)
 
 def lars_vae(mean: Tensor, latent_dim: int = 50) -> DenseVAE:
-    "The VAE of the LARS/SNIS comparison (Table 8): 300-300 tanh each way, 50 latents, Bernoulli. mean: [*image_shape]."
+    """The VAE of the LARS/SNIS comparison (Table 8): 300-300 tanh each way, 50 latents, Bernoulli.
+
+    mean: [*image_shape]."""
     return DenseVAE(mean.shape, latent_dim, hidden=(300, 300), activation=nn.Tanh, mean=mean)
 
 # %% ../../nbs/models/flat.ipynb #0fdf805d
@@ -84,7 +91,8 @@ def lars_vae(mean: Tensor, latent_dim: int = 50) -> DenseVAE:
 class ConvVAE(FlatVAE):
     """A small convolutional VAE with a Bernoulli likelihood.
 
-    image_shape: [C, H, W] with H and W divisible by 4 (ValueError otherwise). width: channels of the first layer."""
+    image_shape: [C, H, W] with H and W divisible by 4 (ValueError otherwise).
+    width: channels of the first layer."""
 
     def __init__(self, image_shape, latent_dim: int, width: int = 32):
         super().__init__(latent_dim)
@@ -98,7 +106,8 @@ class ConvVAE(FlatVAE):
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.SiLU(),
             nn.Flatten(), nn.Linear(prod(inner), 256), nn.SiLU(), nn.Linear(256, 2 * latent_dim))
         self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, 256), nn.SiLU(), nn.Linear(256, prod(inner)), nn.SiLU(), nn.Unflatten(1, inner),
+            nn.Linear(latent_dim, 256), nn.SiLU(), nn.Linear(256, prod(inner)), nn.SiLU(),
+            nn.Unflatten(1, inner),
             nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1), nn.SiLU(),
             nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1))
 
@@ -119,7 +128,7 @@ def _rae_encoder(image_shape: torch.Size, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten())
 
 def _rae_decoder(image_shape: torch.Size, latent_dim: int, width: int) -> nn.Sequential:
-    "A linear start of 8 width maps, doubled by transposed 5x5 convolutions, which halve the filters each time."
+    "8 width maps from a linear layer; transposed 5x5 convolutions double them and halve their number."
     channels, side = image_shape[:2]
     doublings = next(k for k in range(side) if side / 2**k <= 8)
     filters = 8 * width
@@ -134,26 +143,31 @@ def _rae_decoder(image_shape: torch.Size, latent_dim: int, width: int) -> nn.Seq
 # %% ../../nbs/models/flat.ipynb #b20ae960
 @configured
 class RaeVAE(FlatVAE):
-    """The VAE that Ghosh et al. (2020) compare with, and Table 7 too: convolutions, a Normal likelihood around [0, 1].
+    """The VAE that Ghosh et al. (2020) compare with, and Table 7 too.
 
-    image_shape: [C, S, S], S at most 64 and 5 to 8 times a power of two. width: filters of the first layer (128 there; a
-    power of two from 2 on). sigma: the likelihood's standard deviation. ValueError where they are not so."""
+    Convolutions, and a Normal likelihood around [0, 1]. image_shape: [C, S, S], S at most 64 and 5
+    to 8 times a power of two. width: filters of the first layer (128 there; a power of two from 2
+    on). sigma: the likelihood's standard deviation. ValueError where they are not so."""
 
     def __init__(self, image_shape, latent_dim: int = 64, width: int = 128, sigma: float = 0.368):
         super().__init__(latent_dim)
         self.image_shape = torch.Size(image_shape)
         self.sigma = sigma
         side = self.image_shape[-1]
-        if self.image_shape[-2] != side or side not in {k * 2**j for k in (5, 6, 7, 8) for j in range(4)}:
-            raise ValueError(f"RaeVAE: images must be square, of side 5 to 8 times 1, 2, 4 or 8, got {tuple(self.image_shape)}")
+        sides = {k * 2**j for k in (5, 6, 7, 8) for j in range(4)}
+        if self.image_shape[-2] != side or side not in sides:
+            raise ValueError("RaeVAE: images must be square, of side 5 to 8 times 1, 2, 4 or 8, "
+                             f"got {tuple(self.image_shape)}")
         if width < 2 or width & (width - 1) or not sigma > 0:
-            raise ValueError(f"RaeVAE: width must be a power of two from 2 on and sigma positive, got {width} and {sigma}")
+            raise ValueError("RaeVAE: width must be a power of two from 2 on and sigma positive, "
+                             f"got {width} and {sigma}")
         self.encoder = _rae_encoder(self.image_shape, width)
         self.decoder = _rae_decoder(self.image_shape, latent_dim, width)
         self.moments = nn.Linear(8 * width * (-(-side // 16))**2, 2 * latent_dim)
 
     def posterior(self, x: Tensor):
-        loc, raw = at_least_float32(self.moments(self.encoder(check_shape(x, self.image_shape)))).chunk(2, dim=-1)
+        features = self.encoder(check_shape(x, self.image_shape))
+        loc, raw = at_least_float32(self.moments(features)).chunk(2, dim=-1)
         return diagonal_normal(loc, (5 * raw.tanh()).exp())
 
     def likelihood(self, z: Tensor):

@@ -51,26 +51,25 @@ class _DenseGroup(nn.Module):
 class DenseHierarchy(TopDownVAE):
     """Multilayer perceptrons around a running state; a Bernoulli likelihood.
 
-    image_shape: of one image. groups: K. latent_dim: dimensions of each group. hidden: units of each hidden layer of encoder
-    and decoder. width: of the state, which is the context of groups 2 to K. mean: [*image_shape], of the training images;
-    None for one half. Raises ValueError where a number is below 1."""
+    image_shape: of one image. groups: K. latent_dim: dimensions of each group. hidden: units of each
+    hidden layer of encoder and decoder. width: of the state, the context of groups 2 to K. mean:
+    [*image_shape], of the training images, None for one half. ValueError where a number is below 1."""
 
     def __init__(self, image_shape, groups: int, latent_dim: int, hidden: int = 300, width: int = 128,
                  mean: Tensor | None = None):
         super().__init__()
         if min(groups, latent_dim, hidden, width) < 1:
-            raise ValueError("DenseHierarchy: groups, latent_dim, hidden and width must be at least 1, got "
-                             f"{groups}, {latent_dim}, {hidden} and {width}")
+            raise ValueError("DenseHierarchy: groups, latent_dim, hidden and width must be at least 1, "
+                             f"got {groups}, {latent_dim}, {hidden} and {width}")
         self.image_shape = torch.Size(image_shape)
         self.latent_shapes = [torch.Size([latent_dim])] * groups
         self.context_shapes = [None] + [torch.Size([width])] * (groups - 1)
-        size = self.image_shape.numel()
         mean = torch.full(self.image_shape, 0.5) if mean is None else mean
         self.register_buffer("mean", check_shape(mean[None], self.image_shape)[0].clone())
-        self.encoder = nn.Sequential(mlp([size, hidden, hidden], nn.SiLU), nn.SiLU())
+        self.encoder = nn.Sequential(mlp([mean.numel(), hidden, hidden], nn.SiLU), nn.SiLU())
         self.start = nn.Parameter(torch.zeros(width))
         self.groups = nn.ModuleList(_DenseGroup(latent_dim, hidden, width, top=k == 0) for k in range(groups))
-        self.decoder = mlp([width, hidden, hidden, size], nn.SiLU)
+        self.decoder = mlp([width, hidden, hidden, mean.numel()], nn.SiLU)
 
     def encode(self, x: Tensor) -> Tensor:
         "What the encoder saw: [B, hidden]. x: [B, *image_shape]."
@@ -79,8 +78,7 @@ class DenseHierarchy(TopDownVAE):
     def walk(self, choose: Chooser, *, n: int | None = None, evidence: Tensor | None = None) -> Trace:
         "Down the groups, then the likelihood. Give `n` rows or `evidence`, not both."
         n = rows(n, None if evidence is None else len(evidence))
-        steps = []
-        latents = []
+        steps, latents = [], []
         state = self.start.expand(n, -1)
         for k, group in enumerate(self.groups):
             steps.append(Step(k, state if k else None, *group.laws(state, evidence)))
@@ -91,12 +89,14 @@ class DenseHierarchy(TopDownVAE):
 
 # %% ../../nbs/models/hierarchical.ipynb #bb0c1462
 def hidden_for(parameters: int, image_shape, groups: int, latent_dim: int, width: int = 128) -> int:
-    "The largest `hidden` with which a `DenseHierarchy` has at most so many parameters; ValueError where there is none."
+    """The largest `hidden` with which a `DenseHierarchy` has at most so many parameters.
+
+    ValueError where there is none."""
     def count(hidden: int) -> int:
         with torch.device("meta"):
             vae = DenseHierarchy(image_shape, groups, latent_dim, hidden, width)
         return sum(parameter.numel() for parameter in vae.parameters())
     if count(1) > parameters:
-        raise ValueError(f"a DenseHierarchy of {groups} groups and width {width} has at least {count(1)} parameters, "
-                         f"more than {parameters}")
+        raise ValueError(f"a DenseHierarchy of {groups} groups and width {width} has at least "
+                         f"{count(1)} parameters, more than {parameters}")
     return bisect_right(range(1, parameters), parameters, key=count)

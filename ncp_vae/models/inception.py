@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/models/inception.ipynb #d46e51a6
-def _unit(channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1, same: bool = True) -> nn.Sequential:
+def _unit(channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1,
+          same: bool = True) -> nn.Sequential:
     "Convolution, batch norm, ReLU: [B, channels, H, W] -> [B, out, H', W']; H' = H at stride 1 where `same`."
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = [size // 2 if same and stride == 1 else 0 for size in kernel]
@@ -24,7 +25,9 @@ def _unit(channels: int, out: int, kernel: int | tuple[int, int], stride: int = 
 
 # %% ../../nbs/models/inception.ipynb #54051df6
 class _Mixed(nn.Module):
-    "Branches side by side, [B, channels, H, W] -> [B, self.channels, H', W'], from a table of units and a pool."
+    """Branches side by side, from a table of units and a pool.
+
+    [B, channels, H, W] -> [B, self.channels, H', W']."""
 
     def __init__(self, channels: int, pool: nn.Module, table: list[tuple]):
         super().__init__()
@@ -58,41 +61,46 @@ def _mixed_a(channels: int, pooled: int) -> _Mixed:
 def _mixed_b(channels: int) -> _Mixed:
     "From 35×35 to 17×17."
     return _Mixed(channels, nn.MaxPool2d(3, stride=2), [
-        ("branch3x3", "x", 384, 3, 2), ("branch3x3dbl_1", "x", 64, 1), ("branch3x3dbl_2", "branch3x3dbl_1", 96, 3),
-        ("branch3x3dbl_3", "branch3x3dbl_2", 96, 3, 2)])
+        ("branch3x3", "x", 384, 3, 2), ("branch3x3dbl_1", "x", 64, 1),
+        ("branch3x3dbl_2", "branch3x3dbl_1", 96, 3), ("branch3x3dbl_3", "branch3x3dbl_2", 96, 3, 2)])
 
 # %% ../../nbs/models/inception.ipynb #7ae868e5
 def _mixed_c(channels: int, inner: int) -> _Mixed:
     "At 17×17: kernels of seven as a row after a column, and the other way round."
-    row = (1, 7)
-    column = (7, 1)
+    row, column = (1, 7), (7, 1)
     long = "branch7x7dbl_"
     return _Mixed(channels, _average_pool(), [
-        ("branch1x1", "x", 192, 1), ("branch7x7_1", "x", inner, 1), ("branch7x7_2", "branch7x7_1", inner, row),
-        ("branch7x7_3", "branch7x7_2", 192, column), (long + "1", "x", inner, 1), (long + "2", long + "1", inner, column),
-        (long + "3", long + "2", inner, row), (long + "4", long + "3", inner, column), (long + "5", long + "4", 192, row),
-        ("branch_pool", "pool", 192, 1)])
+        ("branch1x1", "x", 192, 1), ("branch7x7_1", "x", inner, 1),
+        ("branch7x7_2", "branch7x7_1", inner, row), ("branch7x7_3", "branch7x7_2", 192, column),
+        (long + "1", "x", inner, 1), (long + "2", long + "1", inner, column),
+        (long + "3", long + "2", inner, row), (long + "4", long + "3", inner, column),
+        (long + "5", long + "4", 192, row), ("branch_pool", "pool", 192, 1)])
 
 def _mixed_d(channels: int) -> _Mixed:
     "From 17×17 to 8×8."
     long = "branch7x7x3_"
     return _Mixed(channels, nn.MaxPool2d(3, stride=2), [
-        ("branch3x3_1", "x", 192, 1), ("branch3x3_2", "branch3x3_1", 320, 3, 2), (long + "1", "x", 192, 1),
-        (long + "2", long + "1", 192, (1, 7)), (long + "3", long + "2", 192, (7, 1)), (long + "4", long + "3", 192, 3, 2)])
+        ("branch3x3_1", "x", 192, 1), ("branch3x3_2", "branch3x3_1", 320, 3, 2),
+        (long + "1", "x", 192, 1), (long + "2", long + "1", 192, (1, 7)),
+        (long + "3", long + "2", 192, (7, 1)), (long + "4", long + "3", 192, 3, 2)])
 
+# %% ../../nbs/models/inception.ipynb #4386995d
 def _mixed_e(channels: int, pool: nn.Module) -> _Mixed:
     "At 8×8, twice: with an average pool, then with a maximum pool."
-    row = (1, 3)
-    column = (3, 1)
+    row, column = (1, 3), (3, 1)
     long = "branch3x3dbl_"
     return _Mixed(channels, pool, [
-        ("branch1x1", "x", 320, 1), ("branch3x3_1", "x", 384, 1), ("branch3x3_2a", "branch3x3_1", 384, row),
-        ("branch3x3_2b", "branch3x3_1", 384, column), (long + "1", "x", 448, 1), (long + "2", long + "1", 384, 3),
-        (long + "3a", long + "2", 384, row), (long + "3b", long + "2", 384, column), ("branch_pool", "pool", 192, 1)])
+        ("branch1x1", "x", 320, 1), ("branch3x3_1", "x", 384, 1),
+        ("branch3x3_2a", "branch3x3_1", 384, row), ("branch3x3_2b", "branch3x3_1", 384, column),
+        (long + "1", "x", 448, 1), (long + "2", long + "1", 384, 3),
+        (long + "3a", long + "2", 384, row), (long + "3b", long + "2", 384, column),
+        ("branch_pool", "pool", 192, 1)])
 
 # %% ../../nbs/models/inception.ipynb #3ed45be9
 def _stretch(x: Tensor, dim: int, size: int = 299) -> Tensor:
-    "Linear interpolation of one dimension to `size` positions i * n / size, the last pixel repeated beyond the edge."
+    """Linear interpolation of one dimension to `size` positions i * n / size.
+
+    The last pixel is repeated beyond the edge."""
     n = x.shape[dim]
     at = torch.arange(size, dtype=torch.float64) * n / size
     lower = at.long()
@@ -100,35 +108,36 @@ def _stretch(x: Tensor, dim: int, size: int = 299) -> Tensor:
     low, high = (x.index_select(dim, index.to(x.device)) for index in (lower, (lower + 1).clamp(max=n - 1)))
     return low + (high - low) * share
 
+# %% ../../nbs/models/inception.ipynb #22ae10a0
+def _parts() -> dict[str, nn.Module]:
+    "The parts by their names in the file, in the order in which an image meets them."
+    return dict(
+        Conv2d_1a_3x3=_unit(3, 32, 3, 2), Conv2d_2a_3x3=_unit(32, 32, 3, same=False),
+        Conv2d_2b_3x3=_unit(32, 64, 3), maxpool1=nn.MaxPool2d(3, stride=2),
+        Conv2d_3b_1x1=_unit(64, 80, 1), Conv2d_4a_3x3=_unit(80, 192, 3, same=False),
+        maxpool2=nn.MaxPool2d(3, stride=2),
+        Mixed_5b=_mixed_a(192, 32), Mixed_5c=_mixed_a(256, 64), Mixed_5d=_mixed_a(288, 64),
+        Mixed_6a=_mixed_b(288), Mixed_6b=_mixed_c(768, 128), Mixed_6c=_mixed_c(768, 160),
+        Mixed_6d=_mixed_c(768, 160), Mixed_6e=_mixed_c(768, 192), Mixed_7a=_mixed_d(768),
+        Mixed_7b=_mixed_e(1280, _average_pool()),
+        Mixed_7c=_mixed_e(2048, nn.MaxPool2d(3, stride=1, padding=1)),
+        fc=nn.Linear(2048, 1008))              # part of the file; features do not need it
+
 # %% ../../nbs/models/inception.ipynb #f3155faf
 class FIDInception(nn.Module):
-    """Bytes [B, 1 or 3, H, W] -> 2,048 features [B, 2048], float32, without gradients; grey is repeated to three channels.
+    """Bytes [B, 1 or 3, H, W] -> 2,048 features [B, 2048], float32, without gradients.
 
-    The FID Inception-v3 of 2015-12-05; its state dict has the public weight file's 566 names. Untrained until `load_inception`
-    fills it. Always in eval mode. Raises ValueError on other than bytes, or on another shape."""
+    The FID Inception-v3 of 2015-12-05; its state dict has the public weight file's 566 names.
+    Grey is repeated to three channels. Untrained until `load_inception` fills it. Always in eval
+    mode. Raises ValueError on other than bytes, or on another shape."""
     num_features = 2048
     is_standard = False                        # whether the weights are those of the standard file
     name = "Inception-v3 with untrained weights"
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = _unit(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = _unit(32, 32, 3, same=False)
-        self.Conv2d_2b_3x3 = _unit(32, 64, 3)
-        self.maxpool1 = nn.MaxPool2d(3, stride=2)
-        self.Conv2d_3b_1x1 = _unit(64, 80, 1)
-        self.Conv2d_4a_3x3 = _unit(80, 192, 3, same=False)
-        self.maxpool2 = nn.MaxPool2d(3, stride=2)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed_a(192, 32), _mixed_a(256, 64), _mixed_a(288, 64)
-        self.Mixed_6a = _mixed_b(288)
-        self.Mixed_6b = _mixed_c(768, 128)
-        self.Mixed_6c = _mixed_c(768, 160)
-        self.Mixed_6d = _mixed_c(768, 160)
-        self.Mixed_6e = _mixed_c(768, 192)
-        self.Mixed_7a = _mixed_d(768)
-        self.Mixed_7b = _mixed_e(1280, _average_pool())
-        self.Mixed_7c = _mixed_e(2048, nn.MaxPool2d(3, stride=1, padding=1))
-        self.fc = nn.Linear(2048, 1008)        # part of the file; features do not need it
+        for name, part in _parts().items():
+            self.add_module(name, part)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -138,56 +147,71 @@ class FIDInception(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
-            raise ValueError("FIDInception wants bytes [B, 1 or 3, H, W] (torch.uint8; `to_bytes` makes them), got "
-                             f"{images.dtype} of shape {tuple(images.shape)}")
+            raise ValueError("FIDInception wants bytes [B, 1 or 3, H, W] (torch.uint8; `to_bytes` makes "
+                             f"them), got {images.dtype} of shape {tuple(images.shape)}")
         x = _stretch(_stretch(images.expand(-1, 3, -1, -1).float(), -1), -2)
         with (torch.autocast(x.device.type, enabled=False),
               torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)):
+            x = (x - 128) / 128
             for name, part in self.named_children():
-                x = part(x if name != "Conv2d_1a_3x3" else (x - 128) / 128) if name != "fc" else x.mean(dim=(2, 3))
+                x = x.mean(dim=(2, 3)) if name == "fc" else part(x)
         return x
 
 # %% ../../nbs/models/inception.ipynb #cb906b91
-STANDARD = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"     # SHA-256 of the public file
+STANDARD = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"     # SHA-256 of the file
 
 def _read_checked(path: str | Path, sha256: str) -> tuple[bytes, str]:
-    "The bytes of a file and their SHA-256, which begins with `sha256`; else a ValueError, and a FileNotFoundError without file."
+    """The bytes of a file and their SHA-256, which begins with `sha256`.
+
+    Else a ValueError; FileNotFoundError where there is no file."""
     path = Path(path)
     if len(sha256) < 8 or set(sha256) - set("0123456789abcdef"):
-        raise ValueError(f"sha256 must be at least the first 8 of 64 lower-case hexadecimal digits, got {sha256!r}")
+        raise ValueError("sha256 must be at least the first 8 of 64 lower-case hexadecimal digits, "
+                         f"got {sha256!r}")
     if not path.is_file():
         raise FileNotFoundError(
-            f"no Inception weights at {path}. The standard file is pt_inception-2015-12-05-6726825d.pth of pytorch-fid's release "
-            "fid_weights (95.6 MB; torch-fidelity's weights-inception-2015-12-05-6726825d.pth is the same): put it there")
+            f"no Inception weights at {path}. The standard file is "
+            "pt_inception-2015-12-05-6726825d.pth of pytorch-fid's release fid_weights (95.6 MB; "
+            "torch-fidelity's weights-inception-2015-12-05-6726825d.pth is the same): put it there")
     data = path.read_bytes()
     digest = hash_of(data).hexdigest()
     if not digest.startswith(sha256):
-        raise ValueError(f"{path} ({len(data):,} bytes) has SHA-256 {digest}, expected {sha256}...: it is damaged or another "
-                         "file, and was not opened")
+        raise ValueError(f"{path} ({len(data):,} bytes) has SHA-256 {digest}, expected {sha256}...: "
+                         "it is damaged or another file, and was not opened")
     return data, digest
 
-# %% ../../nbs/models/inception.ipynb #dc66fd7f
-def load_inception(path: str | Path, sha256: str = STANDARD) -> FIDInception:
-    """The network with the weights of a file, in eval mode, on the CPU.
-
-    sha256: of the file, or at least its first 8 digits; the standard file's unless said otherwise. `name` and `is_standard`
-    of the result tell which file it was. Raises FileNotFoundError, which says where the standard file is to be had, and
-    ValueError where the hash, the names or the shapes are others, or where the file holds more than tensors."""
-    data, digest = _read_checked(path, sha256)
-    with torch.device("meta"):                          # no first weights are drawn
-        network = FIDInception()
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+# %% ../../nbs/models/inception.ipynb #28309770
+def _fitting_tensors(path: str | Path, data: bytes, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors in a file's bytes; ValueError where there are others than wanted, or more than tensors."
     counters = {name: torch.tensor(0) for name in wanted if name.endswith("num_batches_tracked")}
     try:
         found = counters | torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         shapes = {name: tuple(value.shape) for name, value in found.items()}
     except Exception as error:
-        raise ValueError(f"{path} is not a file of tensors by name; nothing in it was run: {str(error)[:200]}") from error
-    wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {wanted.get(name, 'no such tensor')}"
-             for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+        raise ValueError(f"{path} is not a file of tensors by name; nothing in it was run: "
+                         f"{str(error)[:200]}") from error
+    expected = {name: tuple(value.shape) for name, value in wanted.items()}
+    wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+             for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
     if wrong:
-        raise ValueError(f"{path} is not of this Inception: {len(wrong)} tensors differ, the first: {'; '.join(wrong[:3])}")
+        raise ValueError(f"{path} is not of this Inception: {len(wrong)} tensors differ, the first: "
+                         f"{'; '.join(wrong[:3])}")
+    return found
+
+# %% ../../nbs/models/inception.ipynb #dc66fd7f
+def load_inception(path: str | Path, sha256: str = STANDARD) -> FIDInception:
+    """The network with the weights of a file, in eval mode, on the CPU.
+
+    sha256: of the file, or at least its first 8 digits; the standard file's unless said otherwise.
+    `name` and `is_standard` of the result tell which file it was. Raises FileNotFoundError, which
+    says where the standard file is to be had, and ValueError where the hash, the names or the
+    shapes are others, or where the file holds more than tensors."""
+    data, digest = _read_checked(path, sha256)
+    with torch.device("meta"):                          # no first weights are drawn
+        network = FIDInception()
+    found = _fitting_tensors(path, data, network.state_dict())
     network.to_empty(device="cpu").load_state_dict(found)
     network.is_standard = digest == STANDARD
-    network.name = "Inception-v3 of 2015-12-05" if network.is_standard else f"Inception-v3 with the file {digest[:8]}"
+    network.name = ("Inception-v3 of 2015-12-05" if network.is_standard
+                    else f"Inception-v3 with the file {digest[:8]}")
     return network

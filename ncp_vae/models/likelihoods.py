@@ -23,27 +23,29 @@ def bernoulli(logits: Tensor) -> Independent:
 
 # %% ../../nbs/models/likelihoods.ipynb #22e39692
 def normal(mean: Tensor, sigma: float | Tensor) -> Independent:
-    """Real pixels around `mean` with standard deviation `sigma`, one number or one a pixel (learned): a density.
+    """Real pixels around `mean` with standard deviation `sigma`: a density.
 
-    mean: [B, *event]; batch [B], event mean.shape[1:]."""
+    mean: [B, *event]; sigma: one number, or one a pixel (learned). Batch [B], event mean.shape[1:]."""
     scale = torch.as_tensor(sigma, dtype=mean.dtype, device=mean.device).expand_as(mean)
     return Independent(Normal(mean, scale, validate_args=False), mean.dim() - 1, validate_args=False)
 
 # %% ../../nbs/models/likelihoods.ipynb #4822a14b
 def _log_mass(y: Tensor, location: Tensor, log_scale: Tensor, bits: int) -> Tensor:
-    "log of a logistic's mass around the value y of the grid on [-1, 1], in nats. The three shapes broadcast."
+    "log of a logistic's mass around the value y of the grid on [-1, 1], nats. Shapes broadcast."
     half = 1 / (2**bits - 1)
     inverse = (-log_scale).exp()
     below_end = logsigmoid((y + half - location) * inverse)
     above_start = logsigmoid((location - y + half) * inverse)
     overlap = (-torch.expm1(-2 * half * inverse)).log()
     first, last = y < half - 1, y > 1 - half
-    return below_end.masked_fill(last, 0) + above_start.masked_fill(first, 0) + overlap.masked_fill(first | last, 0)
+    inside = overlap.masked_fill(first | last, 0)
+    return below_end.masked_fill(last, 0) + above_start.masked_fill(first, 0) + inside
 
 # %% ../../nbs/models/likelihoods.ipynb #991c42c7
 class _Grid(Constraint):
     "Images [..., C, H, W] whose values are all j / (2^bits - 1) with j = 0, ..., 2^bits - 1."
-    is_discrete, event_dim = True, 3
+    is_discrete = True
+    event_dim = 3
 
     def __init__(self, bits: int):
         self.top = 2**bits - 1
@@ -59,13 +61,14 @@ class _Grid(Constraint):
 
 # %% ../../nbs/models/likelihoods.ipynb #9b0e7447
 class DiscretisedLogistics(Distribution):
-    """A mixture of M discretised logistics a pixel: batch [B], event [C, H, W], values j / (2^bits - 1) in [0, 1].
+    """A mixture of M discretised logistics a pixel: values j / (2^bits - 1), batch [B], event [C, H, W].
 
-    logits: [B, M, H, W]. locations, log_scales: [B, M, C, H, W], on [-1, 1]. coefficients: [B, M, C (C - 1) / 2, H, W], of red
-    for green, then of red and green for blue. log_prob is the log of a probability mass, in nats."""
+    logits: [B, M, H, W]. locations, log_scales: [B, M, C, H, W], on [-1, 1]. coefficients:
+    [B, M, C (C - 1) / 2, H, W], of red for green, then of red and green for blue. log_prob: of a mass."""
     arg_constraints = {}
 
-    def __init__(self, logits: Tensor, locations: Tensor, log_scales: Tensor, coefficients: Tensor, bits: int):
+    def __init__(self, logits: Tensor, locations: Tensor, log_scales: Tensor, coefficients: Tensor,
+                 bits: int):
         super().__init__(locations.shape[:1], locations.shape[2:], validate_args=False)
         self.logits = logits
         self.locations = locations
@@ -78,64 +81,75 @@ class DiscretisedLogistics(Distribution):
         return _Grid(self.bits)
 
     def location(self, colour: int, earlier: list[Tensor]) -> Tensor:
-        "Of each component, given the colours before, on [-1, 1] and [..., B, 1 or M, H, W]: [..., B, M, H, W]."
-        first = colour * (colour - 1) // 2
-        return self.locations[:, :, colour] + sum(self.coefficients[:, :, first + i] * y for i, y in enumerate(earlier))
+        "Of each component, given the colours before, [..., B, 1 or M, H, W]: [..., B, M, H, W]."
+        pairs = enumerate(earlier, colour * (colour - 1) // 2)
+        return self.locations[:, :, colour] + sum(self.coefficients[:, :, i] * y for i, y in pairs)
 
     def log_prob(self, x: Tensor) -> Tensor:
         colours = [colour.unsqueeze(-3) for colour in (2 * x - 1).unbind(-3)]
-        terms = [_log_mass(y, self.location(c, colours[:c]), self.log_scales[:, :, c], self.bits) for c, y in enumerate(colours)]
+        terms = [_log_mass(y, self.location(c, colours[:c]), self.log_scales[:, :, c], self.bits)
+                 for c, y in enumerate(colours)]
         return (self.logits.log_softmax(1) + sum(terms)).logsumexp(-3).sum((-2, -1))
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:
         return (torch.cat(_draw_colours(self, torch.Size(sample_shape) + self.logits.shape), -3) + 1) / 2
 
-    def on_grid(self, y: Tensor) -> Tensor:
-        "The nearest value of the grid, on [-1, 1]; any shape."
-        top = 2**self.bits - 1
-        return ((y + 1) / 2 * top).round().clamp(0, top) * (2 / top) - 1
-
     @property
     def mean(self) -> Tensor:
-        rows = max(1, 2**19 // (self.logits[0].numel() * _NODES ** (self.event_shape[0] - 1)))      # at a time: for the cache
-        parts = zip(*(t.split(rows) for t in (self.logits, self.locations, self.log_scales, self.coefficients)))
-        return torch.cat([_mean_colours(DiscretisedLogistics(*part, self.bits)) for part in parts])
+        return _mean_image(self)
 
 # %% ../../nbs/models/likelihoods.ipynb #28b59b14
+def _on_grid(y: Tensor, bits: int) -> Tensor:
+    "The nearest value of the grid, on [-1, 1]; any shape."
+    top = 2**bits - 1
+    return ((y + 1) / 2 * top).round().clamp(0, top) * (2 / top) - 1
+
 def _draw_colours(law: DiscretisedLogistics, shape: torch.Size) -> list[Tensor]:
-    "A component for each pixel, then colour after colour from it, rounded to the grid: C of [..., B, 1, H, W], on [-1, 1]."
+    """A component for each pixel, then colour after colour from it, rounded to the grid.
+
+    C tensors [..., B, 1, H, W], on [-1, 1]."""
     gumbel = -torch.empty(shape, device=law.logits.device).exponential_().log()
     component = (law.logits + gumbel).argmax(-3, keepdim=True)
     colours = []
     for c in range(law.event_shape[0]):
         location, log_scale = (t.expand(shape).gather(-3, component)
                                for t in (law.location(c, colours), law.log_scales[:, :, c]))
-        colours.append(law.on_grid(location + log_scale.exp() * torch.rand_like(location).logit()))
+        drawn = location + log_scale.exp() * torch.rand_like(location).logit()
+        colours.append(_on_grid(drawn, law.bits))
     return colours
 
 # %% ../../nbs/models/likelihoods.ipynb #97e75b8a
 _NODES = 8    # N
 
 def _mean_colours(law: DiscretisedLogistics) -> Tensor:
-    "The mean image, by the closed form averaged over NODES quantiles of each colour before: [B, C, H, W] in [0, 1]."
+    """The mean image, by the closed form averaged over _NODES quantiles of each colour before.
+
+    [B, C, H, W] in [0, 1]."""
     quantiles = ((torch.arange(_NODES, device=law.logits.device) + 0.5) / _NODES).logit()
-    earlier = []
-    means = []
+    earlier, means = [], []
     for c in range(law.event_shape[0]):
         m = law.location(c, earlier)             # [N, ... N, B, M, H, W], a dimension a colour
         s = law.log_scales[:, :, c].exp()
         clipped = s * (softplus((m + 1) / s) - softplus((m - 1) / s)) - 1
         means.append(clipped.flatten(0, -4).unflatten(0, (-1, len(law.logits))).mean(0))
-        earlier.append(law.on_grid(m + s * quantiles.view(-1, *[1] * m.dim())))
+        earlier.append(_on_grid(m + s * quantiles.view(-1, *[1] * m.dim()), law.bits))
     return ((law.logits.softmax(1).unsqueeze(2) * torch.stack(means, 2)).sum(1) + 1) / 2
+
+def _mean_image(law: DiscretisedLogistics) -> Tensor:
+    "The same, so many rows at a time that they fit into the processor's cache."
+    numbers = law.logits[0].numel() * _NODES ** (law.event_shape[0] - 1)      # of one row
+    rows = max(1, 2**19 // numbers)
+    fields = (law.logits, law.locations, law.log_scales, law.coefficients)
+    parts = zip(*(field.split(rows) for field in fields))
+    return torch.cat([_mean_colours(DiscretisedLogistics(*part, law.bits)) for part in parts])
 
 # %% ../../nbs/models/likelihoods.ipynb #fd3d862d
 def discretised_logistics(parameters: Tensor, bits: int = 8) -> DiscretisedLogistics:
     """A network's output as a mixture of discretised logistics: batch [B], event [C, H, W]; nats.
 
-    parameters: [B, M, P, H, W] for M components, P = 3 for grey images (logit, location, log-scale), P = 10 for colour (a logit,
-    three locations, three log-scales, three coefficients). bits: 1 to 8; images are x = j / (2^bits - 1).
-    Raises ValueError for another shape or number of bits."""
+    parameters: [B, M, P, H, W] for M components, P = 3 for grey images (logit, location, log-scale),
+    P = 10 for colour (a logit, three locations, three log-scales, three coefficients). bits: 1 to 8;
+    images are x = j / (2^bits - 1). Raises ValueError for another shape or number of bits."""
     colours = {3: 1, 10: 3}.get(parameters.shape[2]) if parameters.dim() == 5 else None
     if colours is None:
         raise ValueError("discretised_logistics: parameters must be [B, M, 3 or 10, H, W], got "
@@ -150,8 +164,9 @@ def discretised_logistics(parameters: Tensor, bits: int = 8) -> DiscretisedLogis
 def tempered_likelihood(likelihood: Distribution, temperature: float) -> Distribution:
     """The same likelihood with less pixel noise (temperature below 1) or more (above); 1.0: the very same.
 
-    A `bernoulli`, a `normal` or a `DiscretisedLogistics`; batch and event as before. Not the temperature of the latents.
-    Raises ValueError where the temperature is not positive, TypeError for another distribution."""
+    A `bernoulli`, a `normal` or a `DiscretisedLogistics`; batch and event as before. Not the
+    temperature of the latents. Raises ValueError where the temperature is not positive, TypeError
+    for another distribution."""
     if not temperature > 0:
         raise ValueError(f"the temperature of the pixels must be positive, got {temperature}")
     base = getattr(likelihood, "base_dist", None)
@@ -159,5 +174,6 @@ def tempered_likelihood(likelihood: Distribution, temperature: float) -> Distrib
         return bernoulli(base.logits / temperature)
     if temperature != 1.0 and isinstance(likelihood, DiscretisedLogistics):
         return DiscretisedLogistics(likelihood.logits / temperature, likelihood.locations,
-                                    likelihood.log_scales + log(temperature), likelihood.coefficients, likelihood.bits)
+                                    likelihood.log_scales + log(temperature),
+                                    likelihood.coefficients, likelihood.bits)
     return tempered(likelihood, temperature)

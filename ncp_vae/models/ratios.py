@@ -25,10 +25,12 @@ def _size(shape) -> torch.Size:
 class MLPRatio(RatioEstimator):
     """log r(z, c) by a multilayer perceptron on the flattened latent and, where there is one, context.
 
-    latent_shape, context_shape: of one row. hidden: widths; the default is App. I's, four layers with 256 hidden units.
-    Raises ValueError where a latent's or context's shape is not the one that it was built for."""
+    latent_shape, context_shape: of one row. hidden: widths; the default is App. I's, four layers
+    with 256 hidden units. Raises ValueError where a latent's or context's shape is not the one that
+    it was built for."""
 
-    def __init__(self, latent_shape, context_shape=None, hidden: Sequence[int] = (256, 256, 256), activation=nn.SiLU):
+    def __init__(self, latent_shape, context_shape=None, hidden: Sequence[int] = (256, 256, 256),
+                 activation=nn.SiLU):
         super().__init__()
         self.latent_shape = _size(latent_shape)
         self.context_shape = context_shape if context_shape is None else _size(context_shape)
@@ -48,7 +50,8 @@ class MLPRatio(RatioEstimator):
         offset = 0.0 if context is None else self.from_context(context.flatten(1))         # [B, hidden]
         def log_ratio(z: Tensor) -> Tensor:
             if z.shape[-len(self.latent_shape):] != self.latent_shape:
-                raise ValueError(f"MLPRatio: latents end in {tuple(self.latent_shape)}, got shape {tuple(z.shape)}")
+                raise ValueError(f"MLPRatio: latents end in {tuple(self.latent_shape)}, "
+                                 f"got shape {tuple(z.shape)}")
             h = self.rest(self.from_z(z.flatten(-len(self.latent_shape))) + offset)
             with torch.autocast(z.device.type, enabled=False):       # a logit in bf16 would have 8 bits
                 return self.logit(h.to(self.logit.weight.dtype)).squeeze(-1)
@@ -83,7 +86,9 @@ class _ResidualBlock(nn.Module):
 
 # %% ../../nbs/models/ratios.ipynb #f1ea914e
 class PooledLogit(nn.Module):
-    "x: [N, C, H, W] -> [N], linear in the means over all positions; never in a lower precision than its weights."
+    """x: [N, C, H, W] -> [N], linear in the means over all positions.
+
+    Never in a lower precision than its weights."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -91,14 +96,14 @@ class PooledLogit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.to(self.linear.weight.dtype).mean((-2, -1))
-        return (means * self.linear.weight).sum(-1) + self.linear.bias       # autocast would round a matrix product
+        return (means * self.linear.weight).sum(-1) + self.linear.bias    # autocast rounds matrix products
 
 # %% ../../nbs/models/ratios.ipynb #996a4863
 def _check_maps(latent_shape: torch.Size, context_shape: torch.Size | None, width: int) -> None:
     "ValueError where ConvRatio cannot be built for these shapes and this width."
     if len(latent_shape) != 3 or min(latent_shape) < 1 or latent_shape[1] % 4 or latent_shape[2] % 4:
-        raise ValueError("ConvRatio: latents must be maps [C, H, W] with H and W divisible by 4 (two blocks halve them), "
-                         f"got shape {tuple(latent_shape)}")
+        raise ValueError("ConvRatio: latents must be maps [C, H, W] with H and W divisible by 4 (two "
+                         f"blocks halve them), got shape {tuple(latent_shape)}")
     if context_shape is not None and (len(context_shape) != 3 or context_shape[1:] != latent_shape[1:]):
         raise ValueError(f"ConvRatio: the context of latents of shape {tuple(latent_shape)} must be maps "
                          f"[C, {latent_shape[1]}, {latent_shape[2]}], got shape {tuple(context_shape)}")
@@ -110,10 +115,11 @@ def _check_maps(latent_shape: torch.Size, context_shape: torch.Size | None, widt
 class ConvRatio(RatioEstimator):
     """log r(z, c) by the classifier of App. E, Fig. 5 and Table 9, in nats.
 
-    latent_shape, context_shape: [C, H, W] and [C', H, W] of one row, H and W divisible by 4. width: channels after the
-    first convolution; they double twice. `forward` and `condition` take z: [..., B, C, H, W] and give [..., B].
-    Raises ValueError where shapes do not fit, and in training mode for a single row (batch norm needs more): pass
-    posterior and prior draws through it as one mixed batch."""
+    latent_shape, context_shape: [C, H, W] and [C', H, W] of one row, H and W divisible by 4. width:
+    channels after the first convolution; they double twice. `forward` and `condition` take
+    z: [..., B, C, H, W] and give [..., B]. Raises ValueError where shapes do not fit, and in
+    training mode for a single row (batch norm needs more): pass posterior and prior draws through
+    it as one mixed batch."""
 
     def __init__(self, latent_shape, context_shape=None, width: int = 64):
         super().__init__()
@@ -144,10 +150,13 @@ class ConvRatio(RatioEstimator):
 
 # %% ../../nbs/models/ratios.ipynb #20d2e4c1
 def _check_rows(ratio: ConvRatio, z: Tensor, offset: Tensor | None) -> None:
-    "ValueError where z is not [..., B, *latent_shape] for the B of the context, or is one row in training mode."
+    "ValueError where z is not [..., B, *latent_shape], B the context's, or is one row in training mode."
     if z.dim() < 4 or z.shape[-3:] != ratio.latent_shape:
-        raise ValueError(f"ConvRatio: latents must be [..., B, *{tuple(ratio.latent_shape)}], got shape {tuple(z.shape)}")
+        raise ValueError(f"ConvRatio: latents must be [..., B, *{tuple(ratio.latent_shape)}], "
+                         f"got shape {tuple(z.shape)}")
     if offset is not None and z.shape[-4] != len(offset):
-        raise ValueError(f"ConvRatio: a context of {len(offset)} rows needs as many rows of latents, got {z.shape[-4]}")
+        raise ValueError(f"ConvRatio: a context of {len(offset)} rows needs as many rows of latents, "
+                         f"got {z.shape[-4]}")
     if ratio.training and z.shape[:-3].numel() < 2:
-        raise ValueError("ConvRatio: batch norm needs at least 2 rows in training mode, got 1; call eval() to use it")
+        raise ValueError("ConvRatio: batch norm needs at least 2 rows in training mode, got 1; "
+                         "call eval() to use it")
