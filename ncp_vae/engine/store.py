@@ -37,22 +37,21 @@ def _arguments_of(module: nn.Module) -> dict[str, Any]:
     names = list(inspect.signature(type(module).__init__).parameters)[1:]
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
-        raise ValueError(f"{type(module).__name__} cannot be stored: it does not keep its argument {missing[0]!r}. Decorate the class "
-                         "with ncp_vae.models.config.configured, or keep the argument as an attribute of that name")
+        raise ValueError(f"{type(module).__name__} cannot be stored: it does not keep its argument "
+                         f"{missing[0]!r}. Decorate the class with ncp_vae.models.config.configured, "
+                         "or keep the argument as an attribute of that name")
     return {name: getattr(module, name) for name in names}
-
-# %% ../../nbs/engine/store.ipynb #8ce07bca
-#| export
 
 # %% ../../nbs/engine/store.ipynb #974b48ea
 def _plain(value: Any) -> Any:
-    "A value as JSON can hold it; ValueError where it is none that `built` could make again."
+    "A value as JSON can hold it; ValueError where it is none that `_built` could make again."
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple, nn.ModuleList)):
         return [_plain(item) for item in value]
     if isinstance(value, nn.Module):
-        return {"module": _path_of(type(value)), "arguments": {name: _plain(item) for name, item in _arguments_of(value).items()}}
+        arguments = {name: _plain(item) for name, item in _arguments_of(value).items()}
+        return {"module": _path_of(type(value)), "arguments": arguments}
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if is_dataclass(value):
@@ -63,7 +62,9 @@ def _plain(value: Any) -> Any:
 
 # %% ../../nbs/engine/store.ipynb #ff5a5442
 def _class_at(path: str, classes: Sequence[type]) -> type:
-    "The class of a path in a manifest: one of `classes`, or of this library or torch.nn. ValueError for any other."
+    """The class of a path in a manifest: one of `classes`, or of this library or torch.nn.
+
+    ValueError for any other."""
     known = {_path_of(cls): cls for cls in classes} | {cls.__qualname__: cls for cls in classes}
     place, _, name = path.partition(":")
     if path in known or name in known:
@@ -72,10 +73,12 @@ def _class_at(path: str, classes: Sequence[type]) -> type:
         found = getattr(import_module(place), name, None)
         if isinstance(found, type) and found.__module__ == place:
             return found
-    raise ValueError(f"the model holds a {name} of {place}, which is not a class of this library: pass it, classes=[{name}]")
+    raise ValueError(f"the model holds a {name} of {place}, which is not a class of this library: "
+                     f"pass it, classes=[{name}]")
 
+# %% ../../nbs/engine/store.ipynb #6d536faf
 def _built(value: Any, classes: Sequence[type]) -> Any:
-    "What `plain` was given; a tensor of zeros, and a module with fresh weights."
+    "What `_plain` was given; a tensor of zeros, and a module with fresh weights."
     if isinstance(value, list):
         return [_built(item, classes) for item in value]
     if not isinstance(value, dict):
@@ -86,7 +89,8 @@ def _built(value: Any, classes: Sequence[type]) -> Any:
         return _class_at(value["class"], classes)
     if "config" in value:
         return _class_at(value["config"], classes).from_dict(value["values"])
-    return _class_at(value["module"], classes)(**{name: _built(item, classes) for name, item in value["arguments"].items()})
+    arguments = {name: _built(item, classes) for name, item in value["arguments"].items()}
+    return _class_at(value["module"], classes)(**arguments)
 
 # %% ../../nbs/engine/store.ipynb #e30ef12f
 _FILES = ("manifest.json", "model.safetensors")
@@ -104,7 +108,8 @@ def _check_sums(folder: Path) -> None:
     found = (folder / "SHA256SUMS").read_bytes().split(b"\n")
     spoilt = [name for name, line in zip(_FILES, expected) if line.encode() not in found]
     if spoilt or found != [*(line.encode() for line in expected), b""]:
-        raise ValueError(f"{folder}: {' and '.join(spoilt) or 'SHA256SUMS'} is not what was written, or SHA256SUMS is not")
+        raise ValueError(f"{folder}: {' and '.join(spoilt) or 'SHA256SUMS'} is not what was written, "
+                         "or SHA256SUMS is not")
 
 # %% ../../nbs/engine/store.ipynb #37ea6519
 def _write_files(folder: Path, model: nn.Module, manifest: str) -> Path:
@@ -112,9 +117,12 @@ def _write_files(folder: Path, model: nn.Module, manifest: str) -> Path:
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}, part / _FILES[1])
+        weights = {name: value.detach().cpu().contiguous().clone()
+                   for name, value in model.state_dict().items()}
+        save_file(weights, part / _FILES[1])
         (part / _FILES[0]).write_text(manifest, encoding="utf-8")
-        (part / "SHA256SUMS").write_text("".join(line + "\n" for line in _sums_of(part)), encoding="utf-8")
+        sums = "".join(line + "\n" for line in _sums_of(part))
+        (part / "SHA256SUMS").write_text(sums, encoding="utf-8")
         for path in part.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -127,38 +135,42 @@ def _write_files(folder: Path, model: nn.Module, manifest: str) -> Path:
 def save(model: nn.Module, folder: str | Path, about: dict | None = None) -> Path:
     """Write a model to a new folder: a VAE, a law, a ratio, or a prior with all that it stands on.
 
-    about: plain values for the manifest. ValueError where the folder exists, or the model cannot be built again from what it keeps."""
+    about: plain values for the manifest. ValueError where the folder exists, or the model cannot be
+    built again from what it keeps."""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already: name a new folder")
     here = environment()
-    manifest = dict(model=_plain(model), about=about or {}, commit=here["commit"], python=here["python"], packages=here["packages"])
-    _built(manifest["model"], [type(module) for module in model.modules()])         # what could not be read is not written
+    manifest = dict(model=_plain(model), about=about or {}, commit=here["commit"],
+                    python=here["python"], packages=here["packages"])
+    _built(manifest["model"], [type(module) for module in model.modules()])    # unreadable: unwritten
     return _write_files(folder, model, json.dumps(manifest, indent=1) + "\n")
-
-# %% ../../nbs/engine/store.ipynb #584811aa
-#| exports
 
 # %% ../../nbs/engine/store.ipynb #816a6683
 def load(folder: str | Path, classes: Sequence[type] = ()) -> nn.Module:
-    """The model that `save` wrote, in eval mode, on the CPU. classes: those in it that are not of this library.
+    """The model that `save` wrote, in eval mode, on the CPU.
 
-    ValueError where a byte of it is not what was written, or a class is not known."""
+    classes: those in it that are not of this library. ValueError where a byte of it is not what was
+    written, or a class is not known."""
     folder = Path(folder)
     _check_sums(folder)
     try:
-        model = _built(json.loads((folder / _FILES[0]).read_text(encoding="utf-8"))["model"], classes)
+        manifest = json.loads((folder / _FILES[0]).read_text(encoding="utf-8"))
+        model = _built(manifest["model"], classes)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / FILES[0]} describes no model: {error}") from error
+        raise ValueError(f"{folder / _FILES[0]} describes no model: {error}") from error
     try:
         model.load_state_dict(load_file(folder / _FILES[1]))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / FILES[1]} does not hold the weights of the manifest's model: {error}") from error
+        raise ValueError(f"{folder / _FILES[1]} does not hold the weights of the manifest's model: "
+                         f"{error}") from error
     return model.eval()
 
 # %% ../../nbs/engine/store.ipynb #33f03a17
 def push_to_hub(model: nn.Module, repo: str, about: dict | None = None) -> str:
-    "Store a model as the repository 'OWNER/NAME' of the Hugging Face hub, made where it is not there; its address."
+    """Store a model as the repository 'OWNER/NAME' of the Hugging Face hub; its address.
+
+    The repository is made where it is not there."""
     from huggingface_hub import HfApi
     api = HfApi()
     with TemporaryDirectory() as place:
@@ -166,7 +178,8 @@ def push_to_hub(model: nn.Module, repo: str, about: dict | None = None) -> str:
         api.create_repo(repo, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder))
 
-def from_pretrained(name: str | Path, classes: Sequence[type] = (), revision: str | None = None) -> nn.Module:
+def from_pretrained(name: str | Path, classes: Sequence[type] = (),
+                    revision: str | None = None) -> nn.Module:
     "`load` of a folder where there is one of this name, else of a repository 'OWNER/NAME' of the hub."
     if Path(name).is_dir():
         return load(name, classes)
