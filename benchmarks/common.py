@@ -1,17 +1,17 @@
-"""What every benchmark script shares: times, peak memory, the machine's description, results as JSON."""
+"""What every benchmark script shares: summaries of times and memory, the machine's description, results as JSON."""
 import argparse
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from ncp_vae.engine import cost
+from ncp_vae.engine.experiment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -25,33 +25,15 @@ def arguments(name, description):
     return parser
 
 
-def synchronize():
-    "Wait until a GPU, where there is one in use, has done what it was asked."
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def compare(calls, repeats, device=torch.device("cpu")):
+    """Times of several calls, measured in turns by `cost.in_turns`.
 
-
-def seconds(call):
-    "Seconds of one call: on the clock, and of this process on its CPUs."
-    synchronize()
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def compare(calls, repeats):
-    """Times of several calls, measured in turns, so that whatever else the machine does falls on all of them alike.
-
-    calls: {name: call}. Each is called once before, unmeasured. Returns {name: {median_s, min_s, max_s, cpu_s, repeats}}: times
-    on the clock, and the median of the time on the CPU. Where one thread works and cpu_s is well below median_s, the
-    machine was busy with something else, or waited for a GPU."""
-    for call in calls.values():
-        call()
-    rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(repeats)]
+    calls: {name: call}. Returns {name: {median_s, min_s, max_s, cpu_s, repeats}}: times on the clock, and the median of the time
+    on the CPU. Where one thread works and cpu_s is well below median_s, the machine was busy with something else, or waited for a
+    GPU."""
     found = {}
-    for name in calls:
-        wall, cpu = zip(*(row[name] for row in rounds))
+    for name, times in cost.in_turns(calls, repeats, device).items():
+        wall, cpu = zip(*times)
         found[name] = {"median_s": statistics.median(wall), "min_s": min(wall), "max_s": max(wall),
                        "cpu_s": statistics.median(cpu), "repeats": repeats}
     return found
@@ -63,11 +45,8 @@ def ratio(times, name, other):
 
 
 def peak_mb():
-    "The largest resident memory of this process so far, in MB (10^6 bytes)."
-    status = Path("/proc/self/status")
-    if status.exists():          # not ru_maxrss there: it survives exec, and so holds the parent's peak as well
-        return next(int(line.split()[1]) for line in status.read_text().split("\n") if line.startswith("VmHWM")) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    "The largest resident memory of this process so far, in MB (10^6 bytes). Linux only."
+    return cost.resident("VmHWM") / 1e6
 
 
 def in_new_process(script, *arguments):
@@ -76,22 +55,12 @@ def in_new_process(script, *arguments):
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
-def cpu_name():
-    "The processor's name as the system gives it."
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().split("\n") if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def machine():
-    "What the figures were measured on, and with which versions; JSON values only."
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "system": platform.platform(),
-            "cpu": cpu_name(), "cpu_instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+    "What the figures were measured on, and with which versions: what a run records, and how busy it was; JSON values only."
+    return {**environment(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-            "load_average_1_min": round(os.getloadavg()[0], 2), "threads": torch.get_num_threads(),
-            "gpu": gpu and {"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1), "cuda": torch.version.cuda},
-            "python": platform.python_version(), "torch": torch.__version__}
+            "load_average_1_min": round(os.getloadavg()[0], 2)}
 
 
 def target(value, at_most=None, at_least=None):

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common                                                                                  # noqa: E402
 
-from ncp_vae.engine import checkpoint                                                          # noqa: E402
+from ncp_vae.engine import checkpoint, cost                                                    # noqa: E402
 from ncp_vae.engine.experiment import home, read_json, read_record, state_of                   # noqa: E402
 from ncp_vae.models.nvae import NVAE, preset                                                   # noqa: E402
 from ncp_vae.models.ratios import ConvRatio                                                    # noqa: E402
@@ -95,7 +95,7 @@ def measure_time(settings, ncp, device, batch):
     budgets = [settings["proposals"] if k % 10 == 0 else settings["budget"] for k in range(groups)]
     calls = {"all": settings["proposals"], "budgets": budgets}
     times = common.compare({name: partial(drawn, ncp, m, batch, settings["at_once"]) for name, m in calls.items()},
-                           settings["repeats"])
+                           settings["repeats"], device)
     work = [flops(ncp, k, settings["width"]) for k in range(groups)]
     counts = {"all": [settings["proposals"]] * groups, "budgets": budgets}
     return {name: {**found, "s_an_image": found["median_s"] / batch, "evaluations_an_image": sum(counts[name]),
@@ -115,7 +115,7 @@ def measure_rate(settings, ncp, device, dtype):
                     ((rows, ncp.vae.latent_shapes[k]), (1, ncp.vae.context_shapes[k])))
             calls[side] = partial(ncp.ratios[k].condition(c), z[:, None])
             work[side], counts[side] = rows * flops(ncp, k, settings["width"]), count
-        times = common.compare(calls, 5 * settings["repeats"])
+        times = common.compare(calls, 5 * settings["repeats"], device)
     work["matrix product"] = products * 2 * size**3
     rates = {str(name): {**found, "tflop_s": work[name] / found["median_s"] / 1e12} for name, found in times.items()}
     together = (sum(counts[side] * work[side] for side in counts)
@@ -124,19 +124,13 @@ def measure_rate(settings, ncp, device, dtype):
 
 
 def measure_memory(settings, ncp, device):
-    "Peak memory of one image at each M, in MB, and what is there before. Each is drawn once unmeasured: libraries try their ways."
+    "MB that one image needs at its peak at each M. Each is drawn once unmeasured: libraries try their ways."
     found = {}
     for m in settings["memory_proposals"]:
-        drawn(ncp, m, 1, settings["memory_at_once"])
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 1e6 if device.type == "cuda" else common.peak_mb()
-        drawn(ncp, m, 1, settings["memory_at_once"])
-        common.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else common.peak_mb()
-        found[str(m)] = {"before_mb": before, "peak_mb": peak}
+        call = partial(drawn, ncp, m, 1, settings["memory_at_once"])
+        call()
+        grown = cost.peak_growth(call, device)
+        found[str(m)] = {"growth_mb": grown and grown / 1e6}
     return found
 
 
@@ -144,7 +138,7 @@ def sweep(settings, ncp, device):
     "Seconds an image against how many proposals are evaluated at a time, for the largest batch of images."
     batch = max(settings["batches"])
     times = common.compare({str(n): partial(drawn, ncp, settings["proposals"], batch, n) for n in settings["sweep"]},
-                           settings["repeats"])
+                           settings["repeats"], device)
     return {n: {**found, "s_an_image": found["median_s"] / batch} for n, found in times.items()}
 
 
@@ -162,7 +156,7 @@ def pieces(settings):
 def done(path, settings, machine):
     "What a piece wrote, if it was of these settings and this GPU; else None: it is measured anew."
     part = json.loads(path.read_text()) if path.is_file() else None
-    same = part and part["settings"] == settings and (part["machine"]["gpu"] or {}).get("name") == (machine["gpu"] or {}).get("name")
+    same = part and part["settings"] == settings and part["machine"]["gpus"] == machine["gpus"]
     return part if same else None
 
 
@@ -179,7 +173,8 @@ def targets(parts):
     if rate := best("rate-bfloat16", lambda found: found["of_matrix_product"], max):
         wanted[f"classifiers' rate over a large matrix product's ({rate[0]})"] = common.target(rate[1], at_least=0.3)
     def growth(found):
-        return max(row["peak_mb"] for row in found.values()) - next(iter(found.values()))["peak_mb"]
+        grown = [row["growth_mb"] or 0.0 for row in found.values()]       # None: a CPU whose system cannot tell
+        return max(grown) - grown[0]
     if memory := best("memory", growth, max):
         wanted[f"growth of peak memory with the number of proposals, MB, the worst ({memory[0]})"] = common.target(
             memory[1], at_most=150)

@@ -34,7 +34,7 @@ def visible(notebook):
             cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
             if "hide" in directives or not cell.source:
                 continue
-            glue = any(directive.split()[0] in ("export", "exporti") for directive in directives)      # also "export MODULE"
+            glue = any(directive.split()[0] == "export" for directive in directives)      # also "export MODULE"
             tag = "remove-input" if "echo: false" in directives else "hide-input" if glue else None
             cell.metadata["tags"] = cell.metadata.get("tags", []) + ([tag] if tag else [])
         shown.append(cell)

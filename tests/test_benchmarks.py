@@ -93,7 +93,7 @@ def test_process_measures_what_tests_may_not_assert(tmp_path, monkeypatch):
     assert {"torch", "ncp_vae"} < set(found["time"]["import"]) and found["time"]["ncp-vae --help"]["repeats"] == 1
     assert {"first call over its tensors", "later calls over their tensors", "small tensors, not handed back"} < set(found["memory"])
     assert len(found["targets"]) == (6 if process.cost.forget_peak() else 3)
-    assert {"cpu", "cores", "memory_gb", "torch", "load_average_1_min"} <= set(found["machine"])
+    assert {"cpu", "cpus", "memory_gb", "packages", "load_average_1_min"} <= set(found["machine"])
 
 
 def test_gpu_budgets_are_counted():

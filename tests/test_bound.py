@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from ncp_vae.bound import check_support, elbo, iwae, kl_of, paired_iwae
+from ncp_vae.bound import _check_support, elbo, iwae, _kl_of, paired_iwae
 from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, from_posterior, rows, seeded
 
 
@@ -210,10 +210,10 @@ class Binary(FlatVAE):
                                       (torch.ones(1, 1), r"images of shape \(1, 1\); the likelihood gives \(1, 2\)")])
 def test_images_that_the_likelihood_cannot_produce_are_refused(x, words):
     vae, possible = Binary(2), torch.tensor([[0.0, 1.0]])
-    check_support(vae.likelihood(torch.zeros(1, 2)), possible)
+    _check_support(vae.likelihood(torch.zeros(1, 2)), possible)
     assert elbo(vae, possible).elbo.isfinite().all() and iwae(vae, possible, 2).isfinite().all()
     with pytest.raises(ValueError, match=words):
-        check_support(vae.likelihood(torch.zeros(1, 2)), x)
+        _check_support(vae.likelihood(torch.zeros(1, 2)), x)
     for bound in (lambda: elbo(vae, x.expand(1, 2)), lambda: iwae(vae, x.expand(1, 2), 2)):
         if x.shape == (1, 2):
             with pytest.raises(ValueError, match=words):
@@ -230,7 +230,7 @@ def test_bounds_on_a_gpu():
     right = LinearGaussian().cuda()
     torch.testing.assert_close(iwae(right, x, 7).cpu(), RIGHT.log_evidence(IMAGES))
     with pytest.raises(ValueError, match="images of shape"):
-        check_support(right.likelihood(torch.zeros(3, 2, dtype=x.dtype, device="cuda")), x[:1])
+        _check_support(right.likelihood(torch.zeros(3, 2, dtype=x.dtype, device="cuda")), x[:1])
 
 
 def test_elbo_adds_up_and_its_kl_is_the_formula():
@@ -404,14 +404,14 @@ def test_kl_without_a_formula_is_an_unbiased_draw():
     q = diagonal_normal(torch.full((n, 2), 0.5), torch.full((n, 2), 0.7))
     one = Independent(Normal(torch.zeros(n, 1, 2), torch.full((n, 1, 2), 1.3)), 1)
     p = MixtureSameFamily(Categorical(torch.ones(n, 1)), one)
-    known = kl_of(Step(0, None, diagonal_normal(torch.zeros(n, 2), torch.full((n, 2), 1.3)), q), None)
+    known = _kl_of(Step(0, None, diagonal_normal(torch.zeros(n, 2), torch.full((n, 2), 1.3)), q), None)
     assert known.std() < 1e-6
     with seeded(seed(10)):
         z = q.sample()
-    estimate = kl_of(Step(0, None, p, q), z)
+    estimate = _kl_of(Step(0, None, p, q), z)
     check_mean(estimate, known[0])
     with pytest.raises(AssertionError, match="standard errors"):           # the broken twin: a draw of the prior
-        check_mean(kl_of(Step(0, None, p, q), p.sample()), known[0])
+        check_mean(_kl_of(Step(0, None, p, q), p.sample()), known[0])
 
 
 def test_a_perfect_prior_gains_the_marginal_kl():

@@ -15,8 +15,8 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from ncp_vae import chains
-from ncp_vae.chains import (HMC, ISIR, JITTER, MALA, WARM_UP, Chain, Langevin, compete, evaluate, first_step, kinetic,
-                            leapfrog, metropolis)
+from ncp_vae.chains import (HMC, ISIR, _JITTER, MALA, _WARM_UP, Chain, Langevin, _compete, evaluate, _first_step, _kinetic,
+                            _leapfrog, metropolis)
 from ncp_vae.resampling import SIR
 from ncp_vae.walk import FlatVAE, diagonal_normal, seeded
 
@@ -177,13 +177,13 @@ def test_rows_are_independent_chains():
 
 def test_leapfrog_is_reversible_and_preserves_volume():
     z, v = point(1), point(2)
-    end, w = leapfrog(at(), at()(z), v, 0.2, 15)
-    back, minus_v = leapfrog(at(), end, -w, 0.2, 15)
+    end, w = _leapfrog(at(), at()(z), v, 0.2, 15)
+    back, minus_v = _leapfrog(at(), end, -w, 0.2, 15)
     assert (end.z - z).abs().max() > 0.3
     assert torch.allclose(back.z, z, atol=1e-12) and torch.allclose(-minus_v, v, atol=1e-12)
 
     def flow(x):
-        state, v = leapfrog(at(), at()(x[None, :2]), x[None, 2:], 0.2, 15)
+        state, v = _leapfrog(at(), at()(x[None, :2]), x[None, 2:], 0.2, 15)
         return torch.cat([state.z[0], v[0]])
 
     def euler(x):                                                            # broken: both moves at once
@@ -200,8 +200,8 @@ def test_the_energy_error_is_of_second_order():
     z, v = point(3, rows=200), point(4, rows=200)
     start, change = at(200)(z), []
     for k in range(1, 5):
-        end, w = leapfrog(at(200), start, v, 0.2 / 2**k, 5 * 2**k)
-        change.append((end.log_target - kinetic(w) - start.log_target + kinetic(v)).square().mean().sqrt().item())
+        end, w = _leapfrog(at(200), start, v, 0.2 / 2**k, 5 * 2**k)
+        change.append((end.log_target - _kinetic(w) - start.log_target + _kinetic(v)).square().mean().sqrt().item())
     assert all(abs(log(a / b) / log(2) - 2) < 0.1 for a, b in zip(change, change[1:]))
 
 
@@ -237,16 +237,16 @@ def test_langevin_is_the_papers_rule():
 
 
 @pytest.mark.parametrize("sampler, evaluations", [(Langevin(7, 0.1), 8), (MALA(7, 0.1), 8), (HMC(7, 0.1), 36),
-                                                  (HMC(7, 0.1, leapfrog=2), 15), (HMC(7), 1 + 5 * (WARM_UP + 7))])
+                                                  (HMC(7, 0.1, leapfrog=2), 15), (HMC(7), 1 + 5 * (_WARM_UP + 7))])
 def test_the_cost_is_as_documented(sampler, evaluations, monkeypatch):
     "A tuned run pays for its first step too: at least two evaluations, for the step that crosses and the one before."
     calls, searches = [], []
 
     def counted(*arguments):
-        before, step = len(calls), first_step(*arguments)
+        before, step = len(calls), _first_step(*arguments)
         searches.append(len(calls) - before)
         return step
-    monkeypatch.setattr(chains, "first_step", counted)
+    monkeypatch.setattr(chains, "_first_step", counted)
     sampler.draw(lambda z: calls.append(len(z)) or tilt(z), normal(3, 1), generator())
     assert calls == [3] * (evaluations + sum(searches))
     assert len(searches) == (sampler.step_size is None) and all(2 <= search < 10 for search in searches)
@@ -265,8 +265,8 @@ def test_the_step_is_frozen_after_the_warm_up(monkeypatch):
     monkeypatch.setattr(HMC, "transition", lambda self, target, state, step: (
         steps.append(step), transition(self, target, state, step))[1])
     run = HMC(30).evolve(tilt, normal(20, 2), generator())
-    assert len(steps) == WARM_UP + 30 and len(set(steps[:WARM_UP])) > WARM_UP / 2
-    assert set(steps[WARM_UP:]) == {run.step_size}
+    assert len(steps) == _WARM_UP + 30 and len(set(steps[:_WARM_UP])) > _WARM_UP / 2
+    assert set(steps[_WARM_UP:]) == {run.step_size}
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.01, 1.0, 300.0])
@@ -275,7 +275,7 @@ def test_the_first_step_crosses_one_half(scale):
     base = diagonal_normal(torch.zeros(400, 10), torch.full((400, 10), scale))
     target = partial(evaluate, lambda z: tilt(z / scale), base)
     state = target(base.sample())
-    step = first_step(target, state)
+    step = _first_step(target, state)
     assert log(step) / log(2) == pytest.approx(round(log(step) / log(2)), abs=1e-9)
 
     def accepted(step):
@@ -385,7 +385,7 @@ def test_corrected_chains_have_the_target(sampler, monkeypatch):
     z = sampler.draw(tilt, normal(4000, 1), generator())
     assert errors(z, 0.5, 0.5) < 5
     monkeypatch.setattr(chains, "metropolis", lambda target, state, step, steps: (
-        leapfrog(target, state, torch.randn_like(state.z), 1.3 * step, steps)[0], torch.full((len(state.z),), 0.8)))
+        _leapfrog(target, state, torch.randn_like(state.z), 1.3 * step, steps)[0], torch.full((len(state.z),), 0.8)))
     fixed = type(sampler)(sampler.steps, sampler.step_size or 0.9)
     assert errors(fixed.draw(tilt, normal(4000, 1), generator()), 0.5, 0.5) > 5     # broken: no correction
 
@@ -430,9 +430,9 @@ def test_a_periodic_path_still_mixes(monkeypatch):
     "Five steps of 2 sin(pi / 5) are a full turn on the standard normal; scaled to the tilt's width."
     periodic = HMC(30, step_size=2 * sin(pi / 5) * sqrt(0.5))
     assert errors(periodic.draw(tilt, normal(5000, 1), generator()), 0.5, 0.5) < 5
-    monkeypatch.setattr(chains, "JITTER", 0.0)
+    monkeypatch.setattr(chains, "_JITTER", 0.0)
     stuck = periodic.draw(tilt, normal(5000, 1), generator())
-    assert errors(stuck, 0.5, 0.5) > 5 > errors(stuck, 0.0, 1.0) and JITTER > 0       # broken: still the prior
+    assert errors(stuck, 0.5, 0.5) > 5 > errors(stuck, 0.0, 1.0) and _JITTER > 0       # broken: still the prior
 
 
 # the step that HMC tunes: 12 seeds of 50 rows on the tilt
@@ -518,7 +518,7 @@ def test_the_rate_of_isir_is_bounded_as_derived(M):
 def test_compete_has_the_transition_that_was_derived(M):
     for z in range(3):
         with seeded(generator(10 * M + z)):
-            picks = compete(log_r, outcomes(50_000), torch.full((50_000,), z), M - 1)
+            picks = _compete(log_r, outcomes(50_000), torch.full((50_000,), z), M - 1)
         assert chi_square_p(picks, isir_kernel(M)[z]) > 1e-6
         assert chi_square_p(picks, isir_kernel(M + 1)[z]) < 1e-6                     # broken: off by one
         assert chi_square_p(picks, sir_law(M)) < 1e-6                                # broken: the present point forgotten
@@ -542,7 +542,7 @@ def test_the_present_point_stays_where_no_rival_has_a_weight():
     def log_ratio(z):
         return torch.where(z[..., 0] == 7.0, 0.0, -inf)
     here = torch.full((50, 1), 7.0)
-    assert torch.equal(compete(log_ratio, normal(50, 1), here, 3), here)
+    assert torch.equal(_compete(log_ratio, normal(50, 1), here, 3), here)
     with pytest.raises(ValueError, match="weight zero"):
         ISIR(3, 4).draw(log_ratio, normal(50, 1), generator())                       # SIR has nothing to begin with
 
@@ -586,9 +586,9 @@ def test_the_mala_step_of_isir_is_tested():
         with seeded(generator()):
             z = base.sample()
             for _ in range(15):
-                state = target(compete(tilt, base, z, 3))
+                state = target(_compete(tilt, base, z, 3))
                 z = (metropolis(target, state, sqrt(0.9), 1) if test
-                     else leapfrog(target, state, torch.randn_like(state.z), sqrt(0.9), 1))[0].z
+                     else _leapfrog(target, state, torch.randn_like(state.z), sqrt(0.9), 1))[0].z
         return errors(z, 0.5, 0.5)
     assert law(True) < 5 < law(False)
     assert errors(ISIR(15, 4, 0.9).draw(tilt, normal(10_000, 1), generator()), 0.5, 0.5) < 5

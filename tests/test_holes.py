@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ncp_vae import holes
-from ncp_vae.holes import (AggregatePosterior, c2st, hole_mass, mmd2, mmd_p_value, rbf,
+from ncp_vae.holes import (AggregatePosterior, c2st, hole_mass, mmd2, mmd_p_value, _rbf,
                            scored_prior_draws)
 from ncp_vae.walk import FlatVAE, diagonal_normal
 
@@ -41,8 +41,8 @@ def test_density_is_torchs_mixture(event):
 def test_pieces_do_not_change_the_density_or_the_law(monkeypatch):
     x, z = torch.randn(17, 2, generator=seed(0)), torch.randn(23, 2, generator=seed(1))
     whole = AggregatePosterior(Flat(2), x)
-    monkeypatch.setattr(holes, "PIECE", 5)
-    monkeypatch.setattr(holes, "ELEMENTS", 40)
+    monkeypatch.setattr(holes, "_PIECE", 5)
+    monkeypatch.setattr(holes, "_ELEMENTS", 40)
     parts = AggregatePosterior(Flat(2), x)
     assert [q.batch_shape[0] for q in parts.posteriors] == [5, 5, 5, 2]
     assert torch.allclose(whole.log_prob(z), parts.log_prob(z), atol=1e-5)
@@ -123,7 +123,7 @@ def test_hole_mass_of_a_shifted_normal(shift):
 
 
 def brute_mmd2(x, y, bandwidths):
-    k = rbf(torch.cat([x, y]), torch.cat([x, y]), bandwidths)
+    k = _rbf(torch.cat([x, y]), torch.cat([x, y]), bandwidths)
     n, m = len(x), len(y)
     pairs = lambda block: (block.sum() - block.trace()) / (len(block) * (len(block) - 1))
     return (pairs(k[:n, :n]) + pairs(k[n:, n:]) - 2 * k[:n, n:].mean()).item()
@@ -134,7 +134,7 @@ def test_mmd2_is_the_u_statistic_in_any_block_size(monkeypatch):
     y = 1 + torch.randn(47, 3, generator=seed(1)).double()
     truth = brute_mmd2(x, y, [0.5, 2.0])
     assert math.isclose(mmd2(x, y, [0.5, 2.0]), truth, rel_tol=1e-10)
-    monkeypatch.setattr(holes, "ELEMENTS", 100)
+    monkeypatch.setattr(holes, "_ELEMENTS", 100)
     assert math.isclose(mmd2(x, y, [0.5, 2.0]), truth, rel_tol=1e-10)
     assert math.isclose(mmd2(x, y), brute_mmd2(x, y, [torch.pdist(torch.cat([x, y])).median().item()]))
 
@@ -149,7 +149,7 @@ def test_mmd2_is_unbiased_and_a_biased_one_would_be_seen():
     "Equal laws: the mean over 500 samples within 5 standard errors of 0; the V-statistic (negative control) is not."
     noise = torch.randn(500, 2, 20, 2, generator=seed(0)).double()
     values = torch.tensor([mmd2(x, y, [1.0]) for x, y in noise])
-    biased = torch.tensor([(rbf(x, x, [1.0]).mean() + rbf(y, y, [1.0]).mean() - 2 * rbf(x, y, [1.0]).mean())
+    biased = torch.tensor([(_rbf(x, x, [1.0]).mean() + _rbf(y, y, [1.0]).mean() - 2 * _rbf(x, y, [1.0]).mean())
                            for x, y in noise])
     error = values.std() / 500**0.5
     assert values.mean().abs() < 5 * error < biased.mean()
@@ -232,7 +232,7 @@ def every_measure(device):
     q = AggregatePosterior(Flat(2).to(device), torch.randn(17, 2, device=device))
     x, y = torch.randn(12, 2, device=device), torch.randn(14, 2, device=device)
     return {"log_prob": lambda: q.log_prob(x), "score": lambda: q.score(x), "sample": lambda: q.sample(9),
-            "scored_prior_draws": lambda: scored_prior_draws(q, 9)[1], "rbf": lambda: rbf(x, y, [1.0]),
+            "scored_prior_draws": lambda: scored_prior_draws(q, 9)[1], "rbf": lambda: _rbf(x, y, [1.0]),
             "hole_mass": lambda: hole_mass(x[:, 0], 1.0), "mmd2": lambda: mmd2(x, y, [1.0]),
             "mmd_p_value": lambda: mmd_p_value(x, y, 9, [1.0]), "c2st": lambda: c2st(x, y)}
 
@@ -241,7 +241,7 @@ def test_nothing_is_made_beside_the_data_on_another_device(monkeypatch):
     """Without a GPU: fake tensors know their device and compute nothing, and torch refuses to mix two devices. Where the
     result is a number, the last step needs a value and ends in an exception of its own. (`sample` needs
     values early, and a fake network cannot be moved: these two are left to a GPU.)"""
-    monkeypatch.setattr(holes, "two_samples", lambda x, y: (x.double(), y.double()))     # it looks at values
+    monkeypatch.setattr(holes, "_two_samples", lambda x, y: (x.double(), y.double()))     # it looks at values
     with FakeTensorMode():
         measures = every_measure("cuda")
         for name in ("log_prob", "score", "scored_prior_draws", "rbf"):

@@ -9,7 +9,7 @@ import torch
 from tiny import digest, fill
 from torch.nn import functional as F
 
-from ncp_vae.models.inception import FIDInception, load_inception, read_checked, stretch
+from ncp_vae.models.inception import FIDInception, load_inception, _read_checked, _stretch
 
 
 with torch.device("meta"):
@@ -83,13 +83,13 @@ def test_small_images_are_stretched_by_the_rule_of_2015(reference, network):
 @pytest.mark.parametrize("n", [1, 2, 28, 299, 598, 1000])
 def test_stretch_is_numpys_interpolation(n):
     line = torch.rand(n)
-    assert np.allclose(stretch(line, 0).numpy(), np.interp(np.arange(299) * n / 299, np.arange(n), line.numpy()), atol=1e-6)
+    assert np.allclose(_stretch(line, 0).numpy(), np.interp(np.arange(299) * n / 299, np.arange(n), line.numpy()), atol=1e-6)
 
 
 def test_large_images_are_sampled_not_averaged():
     "Every second pixel of 598 is one of the 299: no hidden antialias."
     x = torch.rand(1, 3, 598, 598)
-    assert torch.equal(stretch(stretch(x, -1), -2), x[..., ::2, ::2])
+    assert torch.equal(_stretch(_stretch(x, -1), -2), x[..., ::2, ::2])
 
 
 def test_network_has_no_training_mode(network):
@@ -141,11 +141,11 @@ def test_a_cut_file_is_refused(stub, tmp_path):
 @pytest.mark.parametrize("wrong", ["", "6726825", "6726825D", "not a hash at all"])
 def test_what_is_no_hash_is_refused(stub, wrong):
     with pytest.raises(ValueError, match="first 8 of 64"):
-        read_checked(stub, wrong)
+        _read_checked(stub, wrong)
 
 
 def test_the_first_digits_suffice(stub):
-    assert read_checked(stub, digest(stub)[:8])[1] == digest(stub)
+    assert _read_checked(stub, digest(stub)[:8])[1] == digest(stub)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

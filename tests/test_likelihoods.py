@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.distributions import Poisson
 
-from ncp_vae.bound import check_support, elbo
-from ncp_vae.models.likelihoods import (DiscretisedLogistics, bernoulli, discretised_logistics, log_mass, normal,
+from ncp_vae.bound import _check_support, elbo
+from ncp_vae.models.likelihoods import (DiscretisedLogistics, bernoulli, discretised_logistics, _log_mass, normal,
                                         tempered_likelihood)
 from ncp_vae.walk import FlatVAE, diagonal_normal
 
@@ -39,7 +39,7 @@ def test_a_mass_is_a_difference_of_sigmoids():
     location, log_scale = torch.tensor(-0.3, dtype=torch.float64), torch.tensor(-2.5, dtype=torch.float64)
     edges = torch.cat([torch.tensor([-torch.inf]), y[:-1] + 1 / 255, torch.tensor([torch.inf])]).double()
     exact = ((edges - location) / log_scale.exp()).sigmoid().diff()
-    assert torch.allclose(log_mass(y, location, log_scale, 8).exp(), exact, atol=1e-13)
+    assert torch.allclose(_log_mass(y, location, log_scale, 8).exp(), exact, atol=1e-13)
 
 
 @pytest.mark.parametrize("log_scale", [-1e30, -40.0, -7.0, 0.0, 15.0, 90.0, 104.0, 1e30])
@@ -90,7 +90,7 @@ def test_samples_follow_the_mass(colours, bits):
 def test_samples_lie_on_the_grid_and_have_the_shape_of_an_image():
     likelihood = discretised_logistics(torch.randn(2, 4, 10, 5, 5), 5)
     assert likelihood.sample((3,)).shape == (3, 2, 3, 5, 5) and likelihood.mean.shape == (2, 3, 5, 5)
-    check_support(likelihood, likelihood.sample())
+    _check_support(likelihood, likelihood.sample())
 
 
 def test_the_mean_is_the_samples_mean():

@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Categorical, Normal
 
 from ncp_vae.bound import iwae
 from ncp_vae.nce import RatioEstimator
-from ncp_vae.prior import (NoiseContrastivePrior, estimate_log_mean, log_pool, log_sir_weight,
+from ncp_vae.prior import (NoiseContrastivePrior, estimate_log_mean, _log_pool, _log_sir_weight,
                            of_its_own)
 from ncp_vae.sampling import SIR
 from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, from_prior, seeded
@@ -297,7 +297,7 @@ def sir_law(M):
 @pytest.mark.parametrize("M", [2, 3, 6])
 def test_sir_density_is_the_law_of_sir(M):
     rest, probability = pools(M - 1)
-    density = P * (probability * log_sir_weight(R.log(), rest.log(), M).exp()).sum(0)
+    density = P * (probability * _log_sir_weight(R.log(), rest.log(), M).exp()).sum(0)
     assert density.sum().item() == pytest.approx(1, abs=1e-12)
     assert density.allclose(sir_law(M), atol=1e-12)
     forgotten = P * (probability * R / (rest / (M - 1))).sum(0)   # the twin: without its own ratio
@@ -307,7 +307,7 @@ def test_sir_density_is_the_law_of_sir(M):
 @pytest.mark.parametrize("M", [2, 3, 6])
 def test_bound_lies_between_its_floor_and_the_density(M):
     rest, probability = pools(M - 1)
-    bound = P.log() + (probability * log_sir_weight(R.log(), rest.log(), M)).sum(0)
+    bound = P.log() + (probability * _log_sir_weight(R.log(), rest.log(), M)).sum(0)
     floor = (P * R).log() - ((R - 1) / M).log1p()                    # Z = 1
     assert (floor < bound).all() and (bound < sir_law(M).log()).all()
 
@@ -315,7 +315,7 @@ def test_bound_lies_between_its_floor_and_the_density(M):
 def test_sir_weight_at_the_edges():
     log_r = torch.tensor([500.0, -inf, 2.0])
     log_rest = torch.tensor([-500.0, 0.0, 2.0 + log(15)])
-    got = log_sir_weight(log_r, log_rest, 16).tolist()
+    got = _log_sir_weight(log_r, log_rest, 16).tolist()
     assert got == pytest.approx([log(16), -inf, 0.0], abs=1e-6)
 
 
@@ -334,7 +334,7 @@ def test_later_pools_are_drawn_at_each_rows_own_context():
     ncp = coins(r2=((1.0, 1.0), (30.0, 30.0)))
     assert ncp.sir_log_ratio(3)(STATES).allclose(torch.zeros(4), atol=1e-5)
     step = ncp.vae.walk(from_prior(), n=1).steps[1]       # the twin: one row's context for all
-    twin = log_sir_weight(ncp.log_ratios(STATES)[1], log_pool(ncp.ratios[1], step, 2), 3)
+    twin = _log_sir_weight(ncp.log_ratios(STATES)[1], _log_pool(ncp.ratios[1], step, 2), 3)
     assert twin.abs().max() > 0.5
 
 
@@ -352,7 +352,7 @@ def test_one_proposal_is_the_base_prior():
     assert torch.equal(iwae(ncp.vae, x, 3, ncp.sir_log_ratio(1), seed(10)),
                        iwae(ncp.vae, x, 3, None, seed(10)))
     step = ncp.vae.walk(from_prior(), n=4).steps[0]
-    assert torch.equal(log_pool(ncp.ratios[0], step, 0), torch.full((4,), -inf))
+    assert torch.equal(_log_pool(ncp.ratios[0], step, 0), torch.full((4,), -inf))
 
 
 @pytest.mark.parametrize("M, what", [
@@ -517,7 +517,7 @@ def test_one_seed_for_everything_is_still_a_bound():
     def one_stream(value):     # the twin: a pool from the seed that iwae gets, after a walk
         with seeded(seed(value)):
             log_rest = Slope()(ncp.vae.walk(from_prior(), n=1).steps[0].prior.sample((1,)))[0]
-        return lambda latents: log_sir_weight(ncp.log_ratio(latents), log_rest, 2)
+        return lambda latents: _log_sir_weight(ncp.log_ratio(latents), log_rest, 2)
 
     def over_seeds(bound, n):
         return torch.cat([iwae(ncp.vae, x, S, bound(v), seed(v)) for v in range(n)]).double()
@@ -539,7 +539,7 @@ def test_iwae_with_sir_log_ratio_is_the_bound_and_below_the_density_of_sir():
     log_x = torch.stack([(1 - Die.head).log(), Die.head.log()]).double()    # log p(x | z): [x, z]
     def expectation(log_weight):    # over the uniform posterior and all pools
         return (log_x + P.log() + (probability * log_weight).sum(0) + log(3)).mean(1)
-    truth = expectation(log_sir_weight(R.log(), rest.log(), M))
+    truth = expectation(_log_sir_weight(R.log(), rest.log(), M))
     exact_sir = (log_x.exp() @ sir_law(M)).log()
     twin = expectation(R.log() - (rest / (M - 1)).log())
     assert (truth < exact_sir).all()

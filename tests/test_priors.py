@@ -1,18 +1,24 @@
 """Other base priors, a Gaussian mixture among them, alone and under a noise contrastive prior; and the RAE net."""
+import math
+
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.distributions import (Categorical, Distribution, Exponential, Independent, MixtureSameFamily, MultivariateNormal, Normal,
+                                 Poisson, Uniform)
 
 from ncp_vae.bound import elbo, iwae
+from ncp_vae.engine.evaluate import compare
 from ncp_vae.engine.train import fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE, RaeVAE
 from ncp_vae.models.hierarchical import DenseHierarchy
-from ncp_vae.models.priors import GaussianMixture, NormalMixture, fit_mixture
+from ncp_vae.models.priors import GaussianMixture, NormalMixture
 from ncp_vae.models.ratios import MLPRatio
+from ncp_vae.nce import RatioEstimator
+from ncp_vae.partition import AIS, Bridge, ReverseAIS
 from ncp_vae.prior import NoiseContrastivePrior
-from ncp_vae.sampling import HMC, MALA, SIR, SMC, Langevin, proposal_budget
-from ncp_vae.walk import WithPriors, diagonal_normal, from_posterior, from_prior, replay
+from ncp_vae.sampling import HMC, ISIR, MALA, SIR, SMC, JointLangevin, JointMALA, Langevin, proposal_budget
+from ncp_vae.walk import Step, TopDownVAE, Trace, WithPriors, diagonal_normal, from_posterior, from_prior, replay
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def vae():
 @pytest.fixture(scope="module")
 def mixed(vae):
     images = torch.rand(200, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    return fit_mixture(vae, images, components=2, seed=0)
+    return WithPriors(vae, [GaussianMixture.fit(vae, images, components=2, seed=0)])
 
 
 def parameters(components=3, dim=4):
@@ -105,7 +111,7 @@ def test_what_it_refuses(vae, mixed):
     images = torch.rand(100, 1, 4, 4)
     for wrong in [dict(components=0), dict(components=20)]:
         with pytest.raises(ValueError, match="GaussianMixture.fit: images must be at least 2 D a component, got latents of D = 3"):
-            fit_mixture(vae, images, **wrong)
+            GaussianMixture.fit(vae, images, **wrong)
     with pytest.raises(TypeError, match="Normal priors"):
         mixed.walk(from_prior(temperature=0.7), n=2)
     with pytest.raises(ValueError, match="2 laws for a VAE of 1 latent groups"):
@@ -154,19 +160,140 @@ def test_a_law_is_trained_jointly():
     assert "laws.1.linear.weight" in moved and any(name.startswith("vae.") for name in moved)
 
 
-def test_an_ncp_on_a_mixture_in_a_hierarchy_does_what_any_ncp_does():
+@pytest.fixture(scope="module")
+def on_a_mixture():
+    "An NCP on a hierarchy whose first law is a fitted mixture."
     vae = hierarchy()
     base = WithPriors(vae, [GaussianMixture.fit(vae, IMAGES, components=2), None])
-    ncp = fit_ncp(base, IMAGES, **FEW)
-    ncp.log_partition(200, torch.Generator().manual_seed(0), SMC(4))
-    for sampler in (SIR(8), SIR([4, 8]), SMC(4), Langevin(3, 0.01), MALA(3, 0.01), HMC(3, 0.01)):
-        walk = ncp.sample(6, sampler, generator=torch.Generator().manual_seed(0))
-        assert walk.likelihood.mean.shape == (6, 1, 4, 4) and torch.isfinite(ncp.log_prob(walk)).all()
-    for log_ratio in (ncp.normalised_log_ratio, ncp.sir_log_ratio(8)):
+    return fit_ncp(base, IMAGES, **FEW)
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.mark.parametrize("sampler", [
+    SIR(8), SIR([4, 8]), SMC(4), ISIR(2, 4), ISIR(2, 4, 0.01), Langevin(3, 0.01), MALA(3, 0.01), HMC(3, 0.01),
+    JointLangevin(3, 0.01), JointMALA(3, 0.01)], ids=lambda sampler: type(sampler).__name__)
+def test_every_sampler_draws_from_an_ncp_on_a_mixture(sampler, on_a_mixture):
+    on_a_mixture.log_partition(200, seed(), SMC(4))
+    before = torch.get_rng_state()
+    walk, again = (on_a_mixture.sample(6, sampler, generator=seed()) for _ in range(2))
+    assert walk.likelihood.mean.shape == (6, 1, 4, 4) and torch.isfinite(on_a_mixture.log_prob(walk)).all()
+    assert all(map(torch.equal, walk.latents, again.latents)) and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", [None, SMC(4), AIS(20, 0.3), ReverseAIS(IMAGES, 20, 0.3), Bridge(IMAGES)],
+                         ids=lambda method: type(method).__name__)
+def test_every_way_to_log_z_of_an_ncp_on_a_mixture(method, on_a_mixture):
+    "Within five standard errors, and a tenth of a nat of bias, of many draws; the two that posterior walks bias, half a nat."
+    exact = on_a_mixture.log_partition(20_000, seed(1))
+    found = on_a_mixture.log_partition(1000, seed(), method)
+    slack = 0.5 if isinstance(method, (ReverseAIS, Bridge)) else 0.1
+    assert abs(found.value - exact.value) < 5 * (found.std_error**2 + exact.std_error**2) ** 0.5 + slack
+
+
+def test_an_ncp_on_a_mixture_is_measured_and_trained_on(on_a_mixture):
+    base = on_a_mixture.vae
+    table = compare({"VAE": base.vae, "mixture": base, "NCP on it": on_a_mixture}, IMAGES[:20], num_samples=3, seed=0,
+                    log_z_samples=200, proposals=8, draws=100, samplers={"NCP on it": JointMALA(3, 0.01)})
+    assert list(table) == ["VAE", "mixture", "NCP on it"]
+    for log_ratio in (on_a_mixture.normalised_log_ratio, on_a_mixture.sir_log_ratio(8)):
         assert torch.isfinite(iwae(base, IMAGES[:5], 3, log_ratio)).all()
-    assert len(proposal_budget(ncp, 16, 4.0, images=IMAGES[:50])) == 2
-    again = fit_ncp(base, IMAGES, base=ncp, sampler=SIR(4), **FEW)
+    assert len(proposal_budget(on_a_mixture, 16, 4.0, images=IMAGES[:50])) == 2
+    again = fit_ncp(base, IMAGES, base=on_a_mixture, sampler=SIR(4), **FEW)
     assert again.sample(3, SIR(4)).latents[1].shape == (3, 2)
+
+
+class Two(TopDownVAE):
+    "Two numbers; the second one's context is the first. Both priors are N(0, 1)."
+    latent_shapes = [torch.Size([1])] * 2
+    context_shapes = [None, torch.Size([1])]
+
+    def walk(self, choose, *, n=None, evidence=None):
+        priors = [diagonal_normal(torch.zeros(n, 1), torch.ones(n, 1)) for _ in range(2)]
+        first = Step(0, None, priors[0], None)
+        second = Step(1, choose(first), priors[1], None)
+        z = choose(second)
+        return Trace([second.context, z], [first, second], diagonal_normal(z, torch.ones_like(z)))
+
+
+class Around(nn.Module):
+    "A conditional law that is no Normal: half N(c - 1, 0.8^2), half N(c + 1, 0.8^2)."
+    def forward(self, context, n):
+        means = torch.stack([context - 1, context + 1], 1)
+        return MixtureSameFamily(Categorical(torch.ones(n, 2)), Independent(Normal(means, 0.8), 1))
+
+
+class Slope(RatioEstimator):
+    "log r = b z."
+    def __init__(self, b):
+        super().__init__()
+        self.b = b
+
+    def condition(self, context):
+        return lambda z: self.b * z.sum(-1)
+
+
+B = 0.8
+TILTED = NoiseContrastivePrior(WithPriors(Two(), [None, Around()]), [Slope(0.0), Slope(B)])
+E = math.tanh(B) + 0.64 * B                       # the mean of z_2 - z_1 under r p, whatever z_1
+LOG_Z = B**2 / 2 + 0.64 * B**2 / 2 + math.log(math.cosh(B))
+
+
+@pytest.mark.parametrize("sampler, means", [(JointMALA(200, 0.3), (B, B + E)), (MALA(60, 0.3), (0.0, E))])
+def test_chains_on_a_conditional_mixture_reach_their_law(sampler, means):
+    """Under r p the first number is tilted by b, as z_2 = z_1 + e; group by group it is not. Five standard errors of 10,000 rows;
+    the other law is 80 of them away."""
+    z = torch.cat(TILTED.sample(10_000, sampler, generator=seed(1)).latents, 1)
+    off = (z.mean(0) - torch.tensor(means)) / z.std(0) * 100
+    assert off.abs().max() < 5
+
+
+def test_annealing_on_a_conditional_mixture():
+    "Within five standard errors; the second group starts from N(0, 1), which is not its prior."
+    found = TILTED.log_partition(5000, seed(2), AIS(30, 0.3))
+    assert abs(found.value - LOG_Z) < 5 * found.std_error < 0.5
+
+
+def test_one_group_that_is_no_normal_is_moved_itself():
+    law = Around()(torch.zeros(500, 1), 500)
+    one, other = (sampler.draw(lambda z: z.sum(-1), law, seed(3)) for sampler in (JointMALA(5, 0.1), MALA(5, 0.1)))
+    assert torch.equal(one, other)
+
+
+class Only(nn.Module):
+    "One distribution as a law."
+    def __init__(self, distribution):
+        super().__init__()
+        self.distribution = distribution
+
+    def forward(self, context, n):
+        return Independent(self.distribution.expand((n, 1)), 1)
+
+
+class Silent(Distribution):
+    "A distribution that does not say where it lives."
+    arg_constraints = {}
+
+    def expand(self, shape):
+        return Silent(shape, validate_args=False)
+
+    def sample(self, shape=()):
+        return torch.zeros(torch.Size(shape) + self.batch_shape)
+
+
+@pytest.mark.parametrize("law", [Uniform(0.0, 1.0), Exponential(1.0), Poisson(2.0), Silent(validate_args=False)],
+                         ids=lambda law: type(law).__name__)
+@pytest.mark.parametrize("group", [0, 1])
+def test_joint_chains_name_the_law_that_they_cannot_move(law, group):
+    laws = [None, None]
+    laws[group] = Only(law)
+    ncp = NoiseContrastivePrior(WithPriors(Two(), laws), [Slope(0.1)] * 2)
+    for draw in (lambda: ncp.sample(4, JointLangevin(2, 0.1)), lambda: ncp.sample(4, JointMALA(2, 0.1)),
+                 lambda: ncp.log_partition(10, method=AIS(2, 0.1))):
+        with pytest.raises(ValueError, match=f"Normal priors, or others whose `support` is all numbers.*{type(law).__name__}"):
+            draw()
 
 
 def test_a_mixture_may_be_of_maps():

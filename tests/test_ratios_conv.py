@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncp_vae.models.ratios import ConvRatio, FactorizedReduction, ResidualBlock
+from ncp_vae.models.ratios import ConvRatio, _FactorizedReduction, _ResidualBlock
 from ncp_vae.nce import nce_loss
 
 
@@ -87,9 +87,9 @@ def test_every_parameter_learns():
 
 def test_blocks_change_shapes_as_in_figure_5():
     x = torch.randn(2, 4, 8, 12)
-    assert ResidualBlock(4)(x).shape == x.shape
-    assert ResidualBlock(4, halve=True)(x).shape == FactorizedReduction(4)(x).shape == (2, 8, 4, 6)
-    assert [type(part).__name__ for part in ConvRatio((1, 4, 4)).trunk] == ["ReLU"] + 8 * ["ResidualBlock"] + ["PooledLogit"]
+    assert _ResidualBlock(4)(x).shape == x.shape
+    assert _ResidualBlock(4, halve=True)(x).shape == _FactorizedReduction(4)(x).shape == (2, 8, 4, 6)
+    assert [type(part).__name__ for part in ConvRatio((1, 4, 4)).trunk] == ["ReLU"] + 8 * ["_ResidualBlock"] + ["PooledLogit"]
     halved = [isinstance(part.skip, nn.Sequential) for part in ConvRatio((1, 4, 4)).trunk[1:-1]]
     assert halved == [kind == "B" for kind in "AAABAAAB"]
 

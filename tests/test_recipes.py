@@ -191,7 +191,7 @@ def test_a_run_without_its_model_is_refused(copied):
         trained(copied)
 
 
-@pytest.mark.parametrize("name", store.FILES)
+@pytest.mark.parametrize("name", store._FILES)
 def test_a_damaged_model_is_refused(copied, name):
     path = copied / "model" / name
     content = bytearray(path.read_bytes())
@@ -209,7 +209,7 @@ def test_the_first_call_is_not_timed(monkeypatch):
     def call():
         nonlocal now
         now += next(takes)
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now))
     assert cost.seconds(call, 2, CPU) == [1.0, 0.5] and next(takes, None) is None
 
 

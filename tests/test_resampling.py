@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal
 
-from ncp_vae.resampling import (BLOCK, SIR, Race, Sampler, effective_sample_size, k_hat_threshold, merge, one_a_group,
-                                pareto_k_hat, proposals_of, propose, race)
+from ncp_vae.resampling import (_BLOCK, SIR, Race, Sampler, effective_sample_size, k_hat_threshold, merge, one_a_group,
+                                pareto_k_hat, proposals_of, _propose, race)
 from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, seeded
 
 P, R = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_chunks_do_not_change_the_result(M):
 def test_streaming_is_one_argmax_over_all_proposals():
     M, rows = 777, 9
     with seeded(generator(3)):
-        z, keys = map(torch.cat, zip(*propose(normal(rows, 2), M, 64)))
+        z, keys = map(torch.cat, zip(*_propose(normal(rows, 2), M, 64)))
     log_w = tilt(z)
     best = (log_w + keys).argmax(0)
     result = SIR(M, chunk=100).resample(tilt, normal(rows, 2), generator(3))
@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_the_number_of_proposals(M):
         nonlocal most
         most = max(most, len(alive))
         return tilt(z.as_subclass(torch.Tensor))
-    SIR(M, chunk=2 * BLOCK).draw(log_ratio, Watching(Normal(torch.zeros(3, 2), 1.0), 1), generator())
+    SIR(M, chunk=2 * _BLOCK).draw(log_ratio, Watching(Normal(torch.zeros(3, 2), 1.0), 1), generator())
     assert 1 <= most <= 4                                       # this chunk's blocks, and at most those of one before
 
 
@@ -165,7 +165,7 @@ def test_log_weights_and_keys_are_at_least_float32(dtype):
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        (z, keys), = propose(normal(3, 2, dtype=dtype), 10, 64)
+        (z, keys), = _propose(normal(3, 2, dtype=dtype), 10, 64)
         result = SIR(10).resample(tilt, normal(3, 2, dtype=dtype))
     finally:
         torch.set_default_dtype(before)
@@ -230,7 +230,7 @@ def test_a_constant_ratio_gives_the_base():
 def test_tied_weights_are_picked_uniformly():
     z, log_w = torch.arange(8).expand(50_000, 8).T, torch.zeros(8, 50_000)
     with seeded(generator()):
-        keys = next(propose(outcomes(50_000), 8, 64))[1]
+        keys = next(_propose(outcomes(50_000), 8, 64))[1]
     picks = race(z, log_w, keys).z
     assert chi_square_p(picks, torch.full((8,), 1 / 8).double()) > 1e-6
     coarse = -torch.rand(8, 50_000, generator=generator()).mul(4).ceil().log()       # broken: keys of 4 values

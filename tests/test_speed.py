@@ -208,7 +208,7 @@ def test_benchmark_runs_and_says_on_what(tmp_path, command):
     command("python", ROOT / "benchmarks" / "sir.py", "--quick", "--out", tmp_path / "sir.json")
     found = json.loads((tmp_path / "sir.json").read_text())
     assert found["quick"] and {"memory", "time_in_proposals", "at_once", "rate", "same_answers", "settings"} <= found.keys()
-    assert {"date", "cpu", "cores", "threads", "torch", "python", "gpu", "load_average_1_min"} <= found["machine"].keys()
+    assert {"date", "cpu", "cpus", "threads", "packages", "python", "gpus", "load_average_1_min"} <= found["machine"].keys()
     assert found["targets"] and all({"value", "wanted", "met"} == target.keys() for target in found["targets"].values())
     equal = found["same_answers"]["against_plain"]["channels_last"]["equal_picks"]
     assert equal == 1.0 and all(min(case["peak_mb"], case["before_mb"]) > 0 for case in found["memory"].values())

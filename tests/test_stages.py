@@ -144,7 +144,7 @@ def test_the_picks_of_one_proposal_are_the_prior_and_are_told_their_own_ratio():
 def test_the_free_check_of_a_later_stage_is_that_of_the_product(monkeypatch):
     "log E over the negatives of exp(logit + offset) is log E_p[r], here averaged over z_1, for any logit."
     step, z_q = table_step(100_000, seed=2)
-    monkeypatch.setattr(stages, "POOL", 20)                                     # Z-hat is unbiased for every pool
+    monkeypatch.setattr(stages, "_POOL", 20)                                     # Z-hat is unbiased for every pool
     logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(3)).double()
     truth = (Q1[:, None] * P2 * (FIRST + logits).exp()).sum().log()
     for sampler in (SIR(2), SIR(8), Exact()):
@@ -168,7 +168,7 @@ def test_beside_another_sampler_the_optimum_has_the_bias_of_its_pool(monkeypatch
         inverse = chance[..., None] / (1 + mean[..., None] * biased.exp())
         biased = RESIDUAL + LOG_Z + inverse.sum(0).log() - (inverse * mean[..., None]).sum(0).log()
     step, z_q = table_step(400_000, seed=4)
-    monkeypatch.setattr(stages, "POOL", 2)
+    monkeypatch.setattr(stages, "_POOL", 2)
     found = stage_negatives(Table(FIRST), Exact(), step, z_q)
     assert found.offset_q is found.offset_p
     assert scores(biased, step, z_q, found).abs().max() < FIVE < 2 * FIVE < scores(RESIDUAL, step, z_q, found).abs().max()
@@ -325,7 +325,7 @@ def test_the_librarys_training_leaves_nothing_over_and_without_offsets_it_does(m
     stage one's log Z(z_1) was 0.03 +- 0.02 with SIR's offsets and -0.02 +- 0.01 with another sampler's, single runs from
     -0.05 to 0.08; with the offsets set to zero, the twin, 0.77 to 0.90 (SIR lags a little behind r p) and 0.98 to 1.04."""
     if pool:
-        monkeypatch.setattr(stages, "POOL", pool)
+        monkeypatch.setattr(stages, "_POOL", pool)
     assert abs(kept(sampler, seed=0)) < 0.25
 
     def silent(ratio, sampler, step, z_q):

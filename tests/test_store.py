@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
     return store.save(MLPRatio(1, hidden=(1,)), tmp_path_factory.mktemp("store") / "ratio", about=dict(steps=3))
 
 
-@pytest.mark.parametrize("name", [*store.FILES, "SHA256SUMS"])
+@pytest.mark.parametrize("name", [*store._FILES, "SHA256SUMS"])
 def test_every_byte_that_is_flipped_is_found(folder, name, tmp_path):
     "One bit of each byte in turn, and each file one byte shorter or longer, empty, or missing."
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -101,12 +101,12 @@ class Bomb:
         return exec, ("raise SystemExit('a stranger ran')",)
 
 
-@pytest.mark.parametrize("name", store.FILES)
+@pytest.mark.parametrize("name", store._FILES)
 def test_a_pickle_in_any_slot_is_not_run(folder, name, tmp_path):
     "With sums that agree, as an attacker would write them."
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / name).write_bytes(pickle.dumps(Bomb()))
-    (copy / "SHA256SUMS").write_text("".join(line + "\n" for line in store.sums_of(copy)))
+    (copy / "SHA256SUMS").write_text("".join(line + "\n" for line in store._sums_of(copy)))
     with pytest.raises(ValueError, match=f"{name}"):
         store.load(copy)
 
@@ -131,7 +131,7 @@ def test_a_strangers_class_is_taken_from_the_caller_only(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     for place in ("os:system", "ncp_vae.engine.store:shutil", "torch.nn.modules.module:torch", "ncp_vae.walk:draw"):
         with pytest.raises(ValueError, match="not a class of this library"):
-            store.built({**manifest["model"], "module": place}, [])
+            store._built({**manifest["model"], "module": place}, [])
 
 
 def test_what_cannot_be_built_again_is_refused_before_anything_is_written(tmp_path):
