@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncp_vae.engine.train import EndlessBatches, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
+from ncp_vae.engine.train import Machine, Recipe, VAELoss, _index_batches, fit, fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
@@ -97,7 +97,7 @@ def test_the_ratio_is_found_where_it_is_known():
 
 
 def test_batches_of_an_epoch_cover_it_once_in_every_process():
-    world = [iter(EndlessBatches(24, 8, seed=1, rank=rank, world=2)) for rank in range(2)]
+    world = [_index_batches(24, 8, seed=1, rank=rank, world=2) for rank in range(2)]
     epoch = [i for _ in range(3) for stream in world for i in next(stream)]
     assert sorted(epoch) == list(range(24))
 
@@ -112,11 +112,11 @@ def test_bad_settings_are_named(change, words):
 
 def test_a_batch_is_that_of_all_processes():
     "Two processes with batch_size 8 take 4 images each, and together those of one process."
-    alone = next(iter(EndlessBatches(24, 8, seed=1)))
-    shares = [next(iter(EndlessBatches(24, 8, seed=1, rank=rank, world=2))) for rank in range(2)]
+    alone = next(_index_batches(24, 8, seed=1))
+    shares = [next(_index_batches(24, 8, seed=1, rank=rank, world=2)) for rank in range(2)]
     assert [len(share) for share in shares] == [4, 4] and sum(shares, []) == alone
     with pytest.raises(ValueError, match="batch_size 9 must be a multiple of the 2 processes"):
-        EndlessBatches(24, 9, seed=1, world=2)
+        next(_index_batches(24, 9, seed=1, world=2))
 
 
 def test_nothing_is_overwritten_by_a_nan(tmp_path):
