@@ -21,9 +21,9 @@ import torch
 # %% ../../nbs/engine/checkpoint.ipynb #bf9511af
 @contextmanager
 def replacing(path: Path):
-    """A new file's name beside `path`, whose place it takes at the end of the block; after an error it is removed.
+    """A new file's name beside `path`, whose place it takes at the block's end; after an error it is removed.
 
-    No two writers get the same name. What a killed process of this machine left beside `path` is removed too."""
+    No two writers get the same name. What a killed process of this machine left there is removed too."""
     for left in path.parent.glob(f"{escape(path.name)}.*.*.part"):
         if not psutil.pid_exists(int(left.name.split(".")[-3])):
             left.unlink(missing_ok=True)
@@ -34,7 +34,7 @@ def replacing(path: Path):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../../nbs/engine/checkpoint.ipynb #b9218146
+# %% ../../nbs/engine/checkpoint.ipynb #d54e9beb
 def save(path: str | Path, state: dict) -> Path:
     "Write a dict of tensors and plain values; the old file stays until the new one is whole on the disk."
     path = Path(path)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['stream']
 
-# %% ../../nbs/engine/streams.ipynb #fb70b51f
+# %% ../../nbs/engine/streams.ipynb #4b7bb487
 from hashlib import sha256
 from numbers import Integral
 
-# %% ../../nbs/engine/streams.ipynb #c81bf0fd
+# %% ../../nbs/engine/streams.ipynb #89dcb124
 def stream(seed: int, *keys: int | str) -> int:
-    """The seed of one use of random numbers, in [0, 2^63): a function of the run's seed and the keys that name it.
+    """The seed of one use of random numbers, in [0, 2^63): a function of a run's seed and keys that name it.
 
-    `stream(seed, "step", step, rank)`, `stream(seed, "epoch", epoch)`. Raises ValueError where the seed is not a
-    whole number of at least 0, or a key neither a whole number nor a string."""
+    `stream(seed, "step", step, rank)`, `stream(seed, "epoch", epoch)`. Raises ValueError where the seed is
+    not a whole number of at least 0, or a key neither a whole number nor a string."""
     if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"a seed must be a whole number of at least 0, got {seed!r}")
     wrong = [key for key in keys if not isinstance(key, (int, str))]

@@ -18,7 +18,7 @@ from ..walk import TopDownVAE, from_prior, seeded
 @contextmanager
 def readjusted_batch_norm(vae: TopDownVAE, temperature: float, batches: int = 500, batch_size: int = 16,
                           generator: torch.Generator | None = None):
-    """Inside: vae in eval mode, its batch norms with the statistics of prior walks at this temperature; then as before.
+    """Inside: vae in eval mode, its batch norms with the statistics of prior walks at this temperature.
 
     batches: prior walks of batch_size rows each, without gradients. generator: of their random numbers.
     It shifts the contexts that classifiers were trained on: see the notebook before using it with an NCP.
@@ -44,7 +44,7 @@ def readjusted_batch_norm(vae: TopDownVAE, temperature: float, batches: int = 50
 # %% ../../nbs/models/batch_norm.ipynb #257c1ed9
 def _average_prior_walks(vae: TopDownVAE, norms: list[nn.Module], temperature: float, batches: int,
                         batch_size: int, generator: torch.Generator | None) -> None:
-    "Give the batch norms that a prior walk meets the plain average of its batches' statistics, in training mode."
+    "Give the batch norms that a prior walk meets the plain average of its batches' statistics."
     for norm in norms:
         norm.train()
         norm.momentum = None                       # equal weights, counted from zero

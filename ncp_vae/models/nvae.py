@@ -28,7 +28,7 @@ class NVAEConfig(PlainConfig):
     "The shape of an NVAE. ValueError where the values are impossible or do not fit each other."
     image_shape: tuple[int, int, int]      # [C, H, W] with H = W
     groups_per_scale: tuple[int, ...]      # latent groups of each resolution, from the top (lowest) down
-    channels: int                          # of feature maps at the image's resolution; doubled at each halving
+    channels: int                          # of feature maps at the image's resolution; halving doubles them
     blocks: int                            # halvings between the image and the latents of highest resolution
     cells_per_block: int                   # cells of each such block, in either tower
     latent_channels: int = 20              # of each z_k
@@ -58,7 +58,8 @@ def _check_config(config: NVAEConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < least or name == "channels" and value % 2:
             kind = "an even" if name == "channels" else "a"
-            raise ValueError(f"NVAEConfig: {name} must be {kind} whole number of at least {least}, got {value!r}")
+            raise ValueError(f"NVAEConfig: {name} must be {kind} whole number of at least {least}, "
+                             f"got {value!r}")
     for name in ("image_shape", "groups_per_scale"):
         value = getattr(config, name)
         if not isinstance(value, tuple) or not value or not all(isinstance(v, int) and v >= 1 for v in value):
@@ -71,23 +72,22 @@ def _check_config(config: NVAEConfig) -> None:
         raise ValueError("NVAEConfig: likelihood must be 'bernoulli', 'normal' or 'discretised_logistics', "
                          f"got {config.likelihood!r}")
     colours = config.image_shape[0]
-    fits = colours in (1, 3) and config.bits in range(1, 9)
-    if config.likelihood == "discretised_logistics" and not fits:
+    if config.likelihood == "discretised_logistics" and not (colours in (1, 3) and 1 <= config.bits <= 8):
         raise ValueError("NVAEConfig: discretised_logistics needs 1 or 3 colours and 1 to 8 bits, "
                          f"got {colours} and {config.bits}")
 
 # %% ../../nbs/models/nvae.ipynb #8a364697
 def _check_sizes(config: NVAEConfig) -> None:
-    "ValueError where the side of the top's latents is not divisible by 4; those of further scales then are too."
+    "ValueError where the side of the top's latents is not divisible by 4; if it is, so are the others."
     side = config.image_shape[1] + 2 * config.padding
     scales = len(config.groups_per_scale)
     halvings = config.blocks + scales - 1
     top = side / 2**halvings
     if top % 4:
-        raise ValueError(f"NVAEConfig: {side} pixels a side, halved {halvings} times ({config.blocks} blocks and "
-                         f"{scales} scales in groups_per_scale={config.groups_per_scale}), give the top groups "
-                         f"latents of side {top:g}; expected a side divisible by 4: change padding, blocks or "
-                         "the number of scales")
+        raise ValueError(f"NVAEConfig: {side} pixels a side, halved {halvings} times ({config.blocks} blocks "
+                         f"and {scales} scales in groups_per_scale={config.groups_per_scale}), give the top "
+                         f"groups latents of side {top:g}; expected a side divisible by 4: change padding, "
+                         "blocks or the number of scales")
 
 # %% ../../nbs/models/nvae.ipynb #3bb5d79f
 def _gaussian(parameters: Tensor) -> Distribution:
@@ -130,7 +130,7 @@ class _Group(nn.Module):
 
 # %% ../../nbs/models/nvae.ipynb #935b2b3a
 class _BottomUp(nn.Module):
-    "Images [B, *image_shape] on [-1, 1], padded -> a feature map a group, [B, channels, side, side], top first."
+    "Images [B, *image_shape] on [-1, 1], padded -> feature maps, one a group: [B, channels, side, side]."
 
     def __init__(self, config: NVAEConfig):
         super().__init__()
@@ -194,9 +194,9 @@ def _pixel_law(config: NVAEConfig, out: Tensor) -> Distribution:
 class NVAE(TopDownVAE):
     """A deep hierarchy of convolutional latent groups (Vahdat and Kautz, 2020), no flows; see `NVAEConfig`.
 
-    Images are [B, *image_shape] in [0, 1]. Group 0 has no context; the others' is the feature map that their
-    prior is read from. Raises ValueError for images of another shape, in training mode for a batch of one, and
-    else for images that are not in [0, 1]."""
+    Images are [B, *image_shape] in [0, 1]. Group 0 has no context; the others' is the feature map that
+    their prior is read from. Raises ValueError for images of another shape, in training mode for a batch of
+    one, and else for images that are not in [0, 1]."""
 
     def __init__(self, config: NVAEConfig):
         super().__init__()
@@ -242,8 +242,8 @@ class NVAE(TopDownVAE):
 def _check_batch(vae: nn.Module, n: int) -> int:
     "n itself; ValueError where it is 1 and the model is in training mode."
     if vae.training and n == 1:
-        raise ValueError(f"{type(vae).__name__} in training mode got a batch of 1: batch norm needs at least 2 "
-                         "images; call eval() first, or drop the last incomplete batch")
+        raise ValueError(f"{type(vae).__name__} in training mode got a batch of 1: batch norm needs at least "
+                         "2 images; call eval() first, or drop the last incomplete batch")
     return n
 
 def _check_range(vae: nn.Module, x: Tensor) -> Tensor:
@@ -291,10 +291,10 @@ PRESETS: dict[str, Preset] = {}
 PRESETS["mnist"] = Preset(
     NVAEConfig((1, 28, 28), (10,), channels=32, blocks=3, cells_per_block=3, padding=2),
     "mnist", 400, 400, 1e-2,
-    from_source="10 groups of 4x4 and the Bernoulli likelihood: the paper (section 5, App. D). Channels, cells, "
-                "20 latent channels, no flows, all of the recipe: NVAE's published command for MNIST.",
-    inferred="One scale after three halvings, the only way to have all 10 groups at 4x4 (NVAE's command has 5 at "
-             "4x4, 10 at 8x8).")
+    from_source="10 groups of 4x4 and the Bernoulli likelihood: the paper (section 5, App. D). Channels, "
+                "cells, 20 latent channels, no flows, all of the recipe: NVAE's published command for MNIST.",
+    inferred="One scale after three halvings, the only way to have all 10 groups at 4x4 (NVAE's command has "
+             "5 at 4x4, 10 at 8x8).")
 
 PRESETS["fashion_mnist"] = Preset(
     NVAEConfig((1, 28, 28), (5, 10), channels=32, blocks=2, cells_per_block=3, padding=2),
@@ -312,7 +312,8 @@ PRESETS["cifar10"] = Preset(
 # %% ../../nbs/models/nvae.ipynb #f88061b3
 def _celeba64(per_scale: int, from_source: str, inferred: str) -> Preset:
     "The CelebA-64 family: three scales with `per_scale` groups each."
-    config = NVAEConfig((3, 64, 64), (per_scale,) * 3, channels=48, blocks=1, cells_per_block=2, likelihood="normal")
+    config = NVAEConfig((3, 64, 64), (per_scale,) * 3, channels=48, blocks=1, cells_per_block=2,
+                        likelihood="normal")
     return Preset(config, "celeba64", 50, 256, 1e-1, from_source, f"{inferred} {_NO_FLOWS}", warm_up_epochs=1)
 
 _GROUPS = "{} groups and the Normal likelihood: the paper (section 5, Table 5, App. D). "
@@ -324,8 +325,10 @@ PRESETS["celeba64-15"] = _celeba64(5, _GROUPS.format(15) + _VAEBM,
                                    "That the paper's model of 15 groups is VAEBM's.")
 PRESETS["celeba64-30"] = _celeba64(10, _GROUPS.format(30), _LIKE_15)
 
+# %% ../../nbs/models/nvae.ipynb #d3eeca3c
 PRESETS["celebahq256"] = Preset(
-    NVAEConfig((3, 256, 256), (4,) * 5, channels=32, blocks=1, cells_per_block=2, likelihood="normal", bits=5),
+    NVAEConfig((3, 256, 256), (4,) * 5, channels=32, blocks=1, cells_per_block=2, likelihood="normal",
+               bits=5),
     "celebahq256", 200, 64, 1e-2, lr=6e-3,
     from_source="20 groups and the Normal likelihood: the paper (section 5, App. D). The net and the recipe: "
                 "VAEBM's command for its base model; images of 5 bits.",
@@ -333,13 +336,14 @@ PRESETS["celebahq256"] = Preset(
              "constant. " + _NO_FLOWS)
 
 PRESETS["digits"] = Preset(
-    NVAEConfig((1, 8, 8), (2,), channels=8, blocks=1, cells_per_block=1, latent_channels=4, cells_per_group=1),
+    NVAEConfig((1, 8, 8), (2,), channels=8, blocks=1, cells_per_block=1, latent_channels=4,
+               cells_per_group=1),
     "digits", 40, 64, 1e-2, from_source="Nothing.",
     inferred="All: the smallest NVAE with a context, for seconds on one core.", warm_up_epochs=4)
 
 PRESETS["photos32"] = Preset(
-    NVAEConfig((3, 32, 32), (1, 2), channels=8, blocks=1, cells_per_block=1, latent_channels=4, cells_per_group=1,
-               likelihood="normal"), "photos32", 20, 64, 1e-2, from_source="Nothing.",
+    NVAEConfig((3, 32, 32), (1, 2), channels=8, blocks=1, cells_per_block=1, latent_channels=4,
+               cells_per_group=1, likelihood="normal"), "photos32", 20, 64, 1e-2, from_source="Nothing.",
     inferred="All: the smallest NVAE of colour images, to try a page on crops of two photographs.")
 
 # %% ../../nbs/models/nvae.ipynb #bdf81b7b

@@ -33,16 +33,16 @@ def _outermost(module: nn.Module) -> Iterator[nn.Sequential]:
 def speed_up(module: nn.Module, channels_last: bool = False, compile: bool = False) -> nn.Module:
     """Switch a network to faster execution, in place; values change by rounding only. Returns it.
 
-    channels_last: the memory format of all 4-d weights. compile: each outermost nn.Sequential (of `ConvRatio` its
-    trunk) is compiled at its first call. Neither changes the state dict's keys. Raises ValueError where there is
-    no nn.Sequential to compile, RuntimeError where the network is on a CPU and no C++ compiler is found."""
+    channels_last: the memory format of all 4-d weights. compile: each outermost nn.Sequential (of `ConvRatio`
+    its trunk) is compiled at its first call. Neither changes the state dict's keys. Raises ValueError where
+    there is no nn.Sequential to compile, RuntimeError on a CPU without a C++ compiler."""
     parts = list(_outermost(module))
     if compile and not parts:
         raise ValueError("speed_up: compile works on the nn.Sequential parts of a module, "
                          f"and {type(module).__name__} has none")
     if compile and not cpp_compiler() and any(p.device.type == "cpu" for p in module.parameters()):
-        raise RuntimeError("speed_up: torch.compile on a CPU needs a C++ compiler, and neither the default one nor "
-                           "CXX is there; install g++, or leave compile off")
+        raise RuntimeError("speed_up: torch.compile on a CPU needs a C++ compiler, and neither the default "
+                           "one nor CXX is there; install g++, or leave compile off")
     if channels_last:
         module.to(memory_format=torch.channels_last)
     if compile:       # one compilation for each part, mode and shape; torch gives up after 8 of the same code
@@ -55,15 +55,15 @@ def speed_up(module: nn.Module, channels_last: bool = False, compile: bool = Fal
 class Autocast(RatioEstimator):
     """A ratio whose layers run under bfloat16 autocast. The weights stay as they are; logits are float32.
 
-    Wrap to sample, and keep the ratio itself for checkpoints: the wrapper's state dict has `ratio.` before its
-    keys."""
+    Wrap to sample, and keep the ratio itself for checkpoints: the wrapper's state dict has `ratio.` before
+    each key."""
 
     def __init__(self, ratio: RatioEstimator):
         super().__init__()
         self.ratio = ratio
 
     def condition(self, context: Tensor | None):
-        device = "cpu" if context is None else context.device.type      # without a context there is no work yet
+        device = "cpu" if context is None else context.device.type      # without a context no work is done
         with torch.autocast(device, torch.bfloat16):
             log_ratio = self.ratio.condition(context)
         def in_bfloat16(z: Tensor) -> Tensor:
