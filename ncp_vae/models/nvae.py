@@ -57,9 +57,8 @@ def _check_config(config: NVAEConfig) -> None:
     for name, least in at_least.items():
         value = getattr(config, name)
         if not isinstance(value, int) or value < least or name == "channels" and value % 2:
-            kind = "an even" if name == "channels" else "a"
-            raise ValueError(f"NVAEConfig: {name} must be {kind} whole number of at least {least}, "
-                             f"got {value!r}")
+            what = f"{'an even' if name == 'channels' else 'a'} whole number of at least {least}"
+            raise ValueError(f"NVAEConfig: {name} must be {what}, got {value!r}")
     for name in ("image_shape", "groups_per_scale"):
         value = getattr(config, name)
         if not isinstance(value, tuple) or not value or not all(isinstance(v, int) and v >= 1 for v in value):
@@ -72,7 +71,8 @@ def _check_config(config: NVAEConfig) -> None:
         raise ValueError("NVAEConfig: likelihood must be 'bernoulli', 'normal' or 'discretised_logistics', "
                          f"got {config.likelihood!r}")
     colours = config.image_shape[0]
-    if config.likelihood == "discretised_logistics" and not (colours in (1, 3) and 1 <= config.bits <= 8):
+    possible = colours in (1, 3) and config.bits in range(1, 9)
+    if config.likelihood == "discretised_logistics" and not possible:
         raise ValueError("NVAEConfig: discretised_logistics needs 1 or 3 colours and 1 to 8 bits, "
                          f"got {colours} and {config.bits}")
 
@@ -190,8 +190,22 @@ def _pixel_law(config: NVAEConfig, out: Tensor) -> Distribution:
         return normal((pixels.mean + 1) / 2, pixels.stddev / 2)
     return discretised_logistics(out.unflatten(1, (config.mixtures, -1)), config.bits)
 
+# %% ../../nbs/models/nvae.ipynb #d995b069
+class _Priced(TopDownVAE):
+    "What the training of a deep hierarchy asks it for: a price on its weights, and how to share out the KL."
+
+    def regularisation(self) -> Tensor:
+        "The convolutions' largest singular values and the batch norms' largest |gamma|, summed: a scalar."
+        return self.spectral_norms(self).sum() + norm_scales(self).sum()
+
+    def kl_weights(self, kl: Tensor) -> Tensor:
+        "The coefficient of each group's KL during warm-up: [K], mean 1, no gradient. kl: [B, K], nats."
+        with torch.no_grad():
+            coefficients = (kl.abs().mean(0) + 0.01) / self.kl_alpha
+            return coefficients / coefficients.mean()
+
 # %% ../../nbs/models/nvae.ipynb #65fff9e9
-class NVAE(TopDownVAE):
+class NVAE(_Priced):
     """A deep hierarchy of convolutional latent groups (Vahdat and Kautz, 2020), no flows; see `NVAEConfig`.
 
     Images are [B, *image_shape] in [0, 1]. Group 0 has no context; the others' is the feature map that
@@ -227,16 +241,6 @@ class NVAE(TopDownVAE):
             latents.append(choose(steps[-1]))
             s = group.absorb(s, latents[-1])
         return Trace(latents, steps, _pixel_law(self.config, self.post_process(s)))
-
-    def regularisation(self) -> Tensor:
-        "The convolutions' largest singular values and the batch norms' largest |gamma|, summed: a scalar."
-        return self.spectral_norms(self).sum() + norm_scales(self).sum()
-
-    def kl_weights(self, kl: Tensor) -> Tensor:
-        "The coefficient of each group's KL during warm-up: [K], mean 1, no gradient. kl: [B, K], nats."
-        with torch.no_grad():
-            coefficients = (kl.abs().mean(0) + 0.01) / self.kl_alpha
-            return coefficients / coefficients.mean()
 
 # %% ../../nbs/models/nvae.ipynb #b6827291
 def _check_batch(vae: nn.Module, n: int) -> int:
