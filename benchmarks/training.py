@@ -1,6 +1,6 @@
-"""All K classifiers from one posterior walk: the step of `fit_ncp` against its measured parts, and against K trainings.
+"""A training step against a loop by hand; and all K classifiers from one posterior walk, against parts and K trainings.
 
-    python benchmarks/training.py             # about three minutes; writes benchmarks/results/training.json
+    python benchmarks/training.py             # about five minutes; writes benchmarks/results/training.json
     python benchmarks/training.py --quick --out /some/file.json
 """
 import copy
@@ -13,7 +13,7 @@ from statistics import mean, median, stdev
 
 import torch
 from torch import nn
-from torch.nn.functional import softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common                                                                                  # noqa: E402
@@ -21,18 +21,21 @@ import common                                                                   
 from ncp_vae.engine.data import Binarized, binarize, load                                      # noqa: E402
 from ncp_vae.engine.groups import group_logits                                               # noqa: E402
 from ncp_vae.engine.train import Recipe, fit, fit_ncp, fit_vae                                 # noqa: E402
-from ncp_vae.hierarchy import descend                                                          # noqa: E402
+from ncp_vae.models.flat import lars_vae                                                       # noqa: E402
 from ncp_vae.models.hierarchical import DenseHierarchy                                         # noqa: E402
 from ncp_vae.models.nvae import NVAE, NVAEConfig                                               # noqa: E402
 from ncp_vae.models.ratios import ConvRatio, MLPRatio                                          # noqa: E402
 from ncp_vae.nce import nce_loss                                                               # noqa: E402
+from ncp_vae.sampling import Left                                                              # noqa: E402
 from ncp_vae.walk import draw, from_posterior, seeded                                          # noqa: E402
 
 IMAGE = (1, 8, 8)      # scikit-learn's digits
 FULL = {"groups": [10, 30], "batch": 64, "width": 8, "hidden": 64, "vae_steps": 200, "loss_steps": 200, "copies": 10,
-        "steps": {"dense": {"one_pass": 60, "alone": 10}, "nvae": {"one_pass": 8, "alone": 4}}}
+        "steps": {"dense": {"one_pass": 60, "alone": 10}, "nvae": {"one_pass": 8, "alone": 4}},
+        "by_hand": {"side": 28, "batch": 128, "turns": 300}}
 QUICK = {"groups": [2], "batch": 16, "width": 2, "hidden": 8, "vae_steps": 3, "loss_steps": 3, "copies": 1,
-         "steps": {"dense": {"one_pass": 4, "alone": 4}, "nvae": {"one_pass": 4, "alone": 4}}}
+         "steps": {"dense": {"one_pass": 4, "alone": 4}, "nvae": {"one_pass": 4, "alone": 4}},
+         "by_hand": {"side": 8, "batch": 16, "turns": 5}}
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
@@ -64,9 +67,14 @@ class Alone(nn.Module):
         vae, seen, choose = self.frozen[0], [], from_posterior()
         def choose_or_leave(step):
             seen.append((step, choose(step)))
-            return None if self.leave and step.index == self.k else seen[-1][1]
+            if self.leave and step.index == self.k:
+                raise Left
+            return seen[-1][1]
         with torch.no_grad():
-            descend(vae, choose_or_leave, evidence=vae.encode(x))
+            try:
+                vae.walk(choose_or_leave, evidence=vae.encode(x))
+            except Left:
+                pass
             here, z = seen[self.k]
             negatives = [draw(step.prior) for step, _ in seen[self.k if self.leave else 0:self.k + 1]]
         return {"loss": nce_loss(*self.ratio.condition(here.context)(torch.stack([z, negatives[-1]])))}
@@ -80,24 +88,29 @@ def fit_alone(vae, ratios, data, leave, **settings):
 
 # ---- time -----------------------------------------------------------------------------------------------------------
 
+def clocks():
+    "Seconds of this process on the CPU, and on the clock."
+    return time.process_time(), time.perf_counter()
+
+
 class Clocked(Binarized):
     """Dynamically binarised images that time the loop which reads them: from one batch to the next is one whole step.
 
-    between: called, untimed, before each batch."""
+    between: called, untimed, before each batch. steps: (CPU seconds, seconds on the clock) of each step."""
     def __init__(self, images, between=lambda: None):
         super().__init__(images)
         self.steps, self.began, self.between = [], None, between
 
-    def __getitems__(self, indices):
+    def __getitem__(self, index):
         if self.began is not None:
-            self.steps.append(time.process_time() - self.began)
+            self.steps.append([now - then for now, then in zip(clocks(), self.began)])
         self.between()
-        self.began = time.process_time()
-        return super().__getitems__(indices)
+        self.began = clocks()
+        return super().__getitem__(index)
 
     def step(self):
         "The median step, CPU seconds, without the first, in which memory is taken and caches are cold."
-        return median(self.steps[1:])
+        return median(cpu for cpu, _ in self.steps[1:])
 
 
 def classifier_step(ratio, step, z):
@@ -165,6 +178,94 @@ def time_trainings(kind, groups, images, settings):
             "alone_leaving_ms": 1e3 * alone[True], "gain_over_leaving_walks": alone[True] / one_pass}
 
 
+# ---- a loop by hand -------------------------------------------------------------------------------------------------
+
+def random_batch(images, size):
+    "What every such loop begins with: some rows, binarised."
+    return torch.bernoulli(images[torch.randint(len(images), (size,))])
+
+
+def vae_by_hand(vae, images, size, fused):
+    "A function that takes a step of stage one as anybody writes it: sums of tensors, without this library."
+    optimizer = torch.optim.Adam(vae.train().parameters(), 1e-3, fused=fused)
+    def take():
+        x = random_batch(images, size)
+        loc, raw = vae.encoder((x - vae.mean).flatten(1)).chunk(2, dim=-1)
+        sigma = softplus(raw).clamp_min(1e-5)
+        logits = vae.decoder(loc + sigma * torch.randn_like(loc)).view_as(x) + vae.bias
+        kl = (loc**2 + sigma**2 - 1).sum(-1) / 2 - sigma.log().sum(-1)
+        loss = binary_cross_entropy_with_logits(logits, x, reduction="sum") / size + kl.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return take
+
+
+def ratio_by_hand(vae, ratio, images, size, fused):
+    "The same for stage two: posterior and prior draws of the frozen VAE through one classifier."
+    optimizer = torch.optim.Adam(ratio.train().parameters(), 1e-3, fused=fused)
+    def take():
+        with torch.no_grad():
+            loc, raw = vae.encoder((random_batch(images, size) - vae.mean).flatten(1)).chunk(2, dim=-1)
+            z_q = loc + softplus(raw).clamp_min(1e-5) * torch.randn_like(loc)
+            z_p = torch.randn_like(loc)
+        log_q, log_p = ratio(torch.cat([z_q, z_p])).chunk(2)
+        loss = softplus(-log_q).mean() + softplus(log_p).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return take
+
+
+class Turns:
+    "Steps by hand, one of each kind in turn with a step of the library; each call times all of them."
+    def __init__(self, by_hand):
+        self.by_hand, self.times = by_hand, {name: [] for name in by_hand}
+
+    def __call__(self):
+        with torch.enable_grad():
+            for name, take in self.by_hand.items():
+                began = clocks()
+                take()
+                self.times[name].append([now - then for now, then in zip(clocks(), began)])
+
+
+def quarters(values):
+    "Lower quartile, median and upper quartile."
+    return [sorted(values)[len(values) * quarter // 4] for quarter in (1, 2, 3)]
+
+
+def against_by_hand(images, settings):
+    """A step of `fit_vae` and of `fit_ncp` in turn with one by hand, on the VAE of the LARS/SNIS comparison.
+
+    The medians of each, and quartiles of the ratio of neighbours, by CPU time and on the clock. By hand with Adam as torch
+    has it by default, and with the fused one that the library takes."""
+    images = torch.nn.functional.interpolate(images, (settings["side"],) * 2)
+    size, turns = settings["batch"], settings["turns"]
+    torch.manual_seed(0)
+    vae, ratio = lars_vae(images.mean(0)), MLPRatio(50)
+    same = {"steps": turns + 2, "batch_size": size, "lr": 1e-3, "seed": 0}
+    kinds = {"by_hand": False, "by_hand_fused": True}
+    found = {}
+    for name, hand, train in [
+            ("fit_vae", lambda fused: vae_by_hand(copy.deepcopy(vae), images, size, fused),
+             lambda data: fit_vae(copy.deepcopy(vae), data, **same)),
+            ("fit_ncp", lambda fused: ratio_by_hand(vae, copy.deepcopy(ratio), images, size, fused),
+             lambda data: fit_ncp(vae, data, ratios=[copy.deepcopy(ratio)], **same))]:
+        between = Turns({kind: hand(fused) for kind, fused in kinds.items()})
+        data = Clocked(images, between)
+        train(data)
+        steps = data.steps[-turns:]
+        found[name] = {"step_ms": [1e3 * median(column) for column in zip(*steps)]}
+        for kind in kinds:
+            times = between.times[kind][-turns:]
+            found[name][f"{kind}_ms"] = [1e3 * median(column) for column in zip(*times)]
+            for clock, column in (("cpu", 0), ("wall", 1)):
+                ratios = [step[column] / time[column] for step, time in zip(steps, times)]
+                found[name][f"over_{kind}_{clock}"] = quarters(ratios)
+    return found
+
+
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 def weights_apart(groups, images, settings):
@@ -211,7 +312,9 @@ def main():
     images, test = load("digits", "train").images, load("digits", "test").images
     results = {"benchmark": "training", "quick": args.quick, "machine": common.machine(), "settings": settings, "time": {},
                "weights_apart": {}, "losses": {}}
-    targets = {}
+    results["against_by_hand"] = against_by_hand(images, settings["by_hand"])
+    targets = {f"step of {name} over one by hand": common.target(found["over_by_hand_cpu"][1], at_most=1.1)
+               for name, found in results["against_by_hand"].items()}
     for groups in settings["groups"]:
         for kind in settings["steps"]:
             results["time"][f"{kind}, K = {groups}"] = found = time_trainings(kind, groups, images, settings)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncp_vae.bound import elbo
-from ncp_vae.engine.train import Machine, Recipe, fit, fit_ncp, fit_vae, stages
+from ncp_vae.engine.train import Machine, Recipe, _count_stages as stages, fit, fit_ncp, fit_vae
 from ncp_vae.models.hierarchical import DenseHierarchy, hidden_for
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.sampling import SIR
@@ -99,7 +99,7 @@ def test_recipes_are_checked():
 def test_spectral_and_balance_need_a_model_that_has_them():
     with pytest.raises(ValueError, match="DenseHierarchy has no regularisation"):
         fit_vae(small(), IMAGES, spectral=0.1, **FEW)
-    with pytest.raises(ValueError, match="DenseHierarchy has no kl_alpha"):
+    with pytest.raises(ValueError, match="DenseHierarchy has no kl_weights"):
         fit_vae(small(), IMAGES, kl_balance=True, **FEW)
 
 

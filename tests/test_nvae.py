@@ -11,7 +11,7 @@ from ncp_vae.bound import elbo, iwae
 from ncp_vae.engine.train import fit_vae
 from ncp_vae.models.batch_norm import readjusted_batch_norm
 from ncp_vae.models.cells import NormedConv2d, bottom_up_cell, top_down_cell
-from ncp_vae.models.nvae import NVAE, PRESETS, NVAEConfig, Preset, balance_alpha, gaussian, kl_balance, preset
+from ncp_vae.models.nvae import NVAE, PRESETS, NVAEConfig, Preset, _balance_alpha, _gaussian, preset
 from ncp_vae.models.spectral import SpectralNorms, norm_scales, stacked_kernels
 from ncp_vae.walk import check_trace, from_posterior, from_prior, replay
 
@@ -84,7 +84,7 @@ def test_the_posterior_is_the_prior_where_the_encoder_adds_nothing():
 def test_clamp_and_floor_of_the_residual_act_on_the_sum():
     "Facts of the published code: -3 and -4 together give a sigma of 0.0220."
     parameters = torch.cat([torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), -7.0)], 1)
-    assert gaussian(parameters).stddev.item() == pytest.approx(0.0220, abs=5e-5)
+    assert _gaussian(parameters).stddev.item() == pytest.approx(0.0220, abs=5e-5)
 
 
 def test_padding_is_cropped_and_black():
@@ -294,17 +294,20 @@ def test_a_checkpoint_holds_all_of_it():
 def test_alpha_of_the_published_models():
     def alpha(*groups):
         config = NVAEConfig((1, 8 * 2**len(groups), 8 * 2**len(groups)), groups, 4, 1, 1)
-        return list(dict.fromkeys(balance_alpha(config).tolist()))
+        return list(dict.fromkeys(_balance_alpha(config).tolist()))
     assert alpha(5, 10, 20) == [1, 2, 4] and alpha(5, 10) == [1, 2] and alpha(30) == [1]
     assert alpha(4, 4, 4, 4, 4) == [1, 4, 16, 64, 256]
 
 
 def test_balancing_presses_what_pays():
     kl = torch.tensor([[4.0, 1.0], [2.0, 1.0]], requires_grad=True)
-    shares = kl_balance(kl, torch.ones(2))
+    vae = NVAE(TINY)
+    assert torch.equal(vae.kl_alpha, torch.ones(2))
+    shares = vae.kl_weights(kl)
     assert shares.mean().item() == pytest.approx(1) and not shares.requires_grad
     assert (shares[0] / shares[1]).item() == pytest.approx(3.01 / 1.01)
-    assert kl_balance(torch.ones(5, 2), torch.tensor([1.0, 4.0])).tolist() == pytest.approx([1.6, 0.4])
+    vae.kl_alpha = torch.tensor([1.0, 4.0])
+    assert vae.kl_weights(torch.ones(5, 2)).tolist() == pytest.approx([1.6, 0.4])
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The training loop: exact resumption, kills, and ratios whose truth is known."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from ncp_vae.engine.train import EndlessBatches, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
+from ncp_vae.engine import checkpoint
+from ncp_vae.engine.data import Binarized
+from ncp_vae.engine.streams import stream
+from ncp_vae.engine.train import Machine, Recipe, VAELoss, _index_batches, batches, fit, fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.resampling import SIR
-from ncp_vae.walk import FlatVAE, diagonal_normal
+from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
 
 KILLED = """
 import os, signal, sys, torch
@@ -97,7 +101,7 @@ def test_the_ratio_is_found_where_it_is_known():
 
 
 def test_batches_of_an_epoch_cover_it_once_in_every_process():
-    world = [iter(EndlessBatches(24, 8, seed=1, rank=rank, world=2)) for rank in range(2)]
+    world = [_index_batches(24, 8, seed=1, rank=rank, world=2) for rank in range(2)]
     epoch = [i for _ in range(3) for stream in world for i in next(stream)]
     assert sorted(epoch) == list(range(24))
 
@@ -112,11 +116,11 @@ def test_bad_settings_are_named(change, words):
 
 def test_a_batch_is_that_of_all_processes():
     "Two processes with batch_size 8 take 4 images each, and together those of one process."
-    alone = next(iter(EndlessBatches(24, 8, seed=1)))
-    shares = [next(iter(EndlessBatches(24, 8, seed=1, rank=rank, world=2))) for rank in range(2)]
+    alone = next(_index_batches(24, 8, seed=1))
+    shares = [next(_index_batches(24, 8, seed=1, rank=rank, world=2)) for rank in range(2)]
     assert [len(share) for share in shares] == [4, 4] and sum(shares, []) == alone
     with pytest.raises(ValueError, match="batch_size 9 must be a multiple of the 2 processes"):
-        EndlessBatches(24, 9, seed=1, world=2)
+        next(_index_batches(24, 9, seed=1, world=2))
 
 
 def test_nothing_is_overwritten_by_a_nan(tmp_path):
@@ -301,3 +305,159 @@ def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
     fit(Squares(), torch.ones(32, 3), **settings)
     rows = [json.loads(line) for line in history.read_text().splitlines()]
     assert [row["step"] for row in rows] == [99, *range(1, 13)]
+
+
+# ---- random numbers -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "0"])
+def test_seeds_that_are_none_are_refused(seed):
+    with pytest.raises(ValueError, match=f"a seed must be a whole number of at least 0, got {seed!r}"):
+        fit(Squares(), torch.rand(32, 3), **{**FEW, "seed": seed}, name="squares")
+
+
+def test_a_seed_of_any_size_will_do():
+    "Also one above 2^64, which torch does not take; and it is not the seed of its lowest bits."
+    found = []
+    for seed in (5, 2**32 + 5, 2**80 + 5):
+        loss = Squares()
+        fit(loss, torch.rand(32, 3, generator=torch.Generator().manual_seed(0)), **{**FEW, "seed": seed}, name="squares")
+        found.append(loss.w.detach().clone())
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+def test_streams_do_not_meet():
+    "The sums that stood here before had a training's eighth process and an evaluation on the same seeds."
+    uses = [("step", at, rank) for at in range(100) for rank in range(9)] + [("epoch", e) for e in range(100)]
+    uses += [("likelihoods", part) for part in range(100)] + [(i,) for i in range(100)] + [(str(i),) for i in range(100)]
+    seeds = {stream(seed, *use) for seed in (0, 1, 2**40) for use in uses}
+    assert len(seeds) == 3 * len(uses) and all(0 <= seed < 2**63 for seed in seeds)
+    assert stream(1, "step", 2) == stream(1, "step", 2) == 2738419977555684275
+    with pytest.raises(ValueError, match="keys of a stream must be whole numbers and strings, got 0.5"):
+        stream(0, "step", 0.5)
+
+
+def test_a_step_seeds_no_device_but_its_own(monkeypatch):
+    "torch.manual_seed would seed all of them, and write down a trace of its caller for each call where CUDA was not started."
+    def refuse(seed):
+        raise AssertionError("all devices were seeded")
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    monkeypatch.setattr(torch.random, "manual_seed", refuse)
+    vae = fit_vae(Shifted(1.0), torch.rand(32, 1), **FEW)
+    fit_ncp(vae, torch.rand(32, 1), **FEW)
+
+
+@pytest.mark.parametrize("variable, inside", [(None, 1), ("3", 2)])
+def test_one_thread_unless_the_environment_says_more(variable, inside, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    class Looks(Squares):
+        def forward(self, x, step):
+            seen.append(torch.get_num_threads())
+            return super().forward(x, step)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(2)
+    try:
+        fit(Looks(), torch.rand(32, 3), **FEW, name="squares")
+        assert set(seen) == {inside} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+def test_a_batch_is_read_at_once():
+    "By one call where the data can; the labels are left behind, and the rows are the same in every way."
+    calls, x = [], torch.rand(32, 3)
+    class Counted(Binarized):
+        def __getitem__(self, index):
+            calls.append(index)
+            return super().__getitem__(index)
+    class Whole(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(x)
+        def __getitems__(self, indices):
+            return x[indices]
+    assert next(batches(Counted(x.round()), 8, seed=0)).shape == (8, 3) and [len(index) for index in calls] == [8]
+    labelled = torch.utils.data.TensorDataset(x, torch.arange(32))
+    found = [next(batches(data, 8, seed=0)) for data in (x, Whole(), labelled, torch.utils.data.Subset(labelled, range(32)))]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_infinite_values_are_found_and_large_ones_are_not_taken_for_them():
+    "Infinities of both signs, whose sum is NaN; and finite values whose sum is infinite."
+    x = torch.full((4, 3), 3e38)
+    assert torch.equal(next(batches(x, 4, seed=0)), x)
+    x[2, 0], x[3, 0] = float("inf"), -float("inf")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        next(batches(x, 4, seed=0))
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    "While one process writes, another saves the same file: neither sees half of the other's."
+    path, torch_save = tmp_path / "a.pt", torch.save
+    def slow(state, file):
+        monkeypatch.setattr(torch, "save", torch_save)
+        file.write(b"half")
+        checkpoint.save(path, {"step": 2})
+        assert checkpoint.load(path)["step"] == 2
+        file.seek(0)
+        torch_save(state, file)
+    monkeypatch.setattr(torch, "save", slow)
+    checkpoint.save(path, {"step": 1})
+    assert checkpoint.load(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path / "a.pt", {"step": 1})
+    def full(state, file):
+        file.write(b"half")
+        raise OSError("no space left")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(path, {"step": 2})
+    assert checkpoint.load(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_cleared_away_and_a_living_ones_is_not(tmp_path):
+    script = ("import os, signal, sys, torch\nfrom ncp_vae.engine import checkpoint\n"
+              "torch.save = lambda state, file: os.kill(os.getpid(), signal.SIGKILL)\ncheckpoint.save(sys.argv[1], {})")
+    path, living = tmp_path / "a.pt", tmp_path / f"a.pt.{os.getppid()}.01234567.part"
+    assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    living.touch()
+    checkpoint.save(path, {})
+    assert set(tmp_path.iterdir()) == {path, living}
+
+
+# ---- what a model brings along --------------------------------------------------------------------------------------
+
+class Shares(DenseVAE):
+    "Weighs its one KL by two while the warm-up lasts, and is its own price."
+    def kl_weights(self, kl):
+        assert kl.shape == (8, 1)
+        return torch.tensor([2.0])
+
+    def regularisation(self):
+        return self.encoder[0].weight.square().sum()
+
+
+@pytest.mark.parametrize("wrap", [lambda vae: vae, lambda vae: WithPriors(vae, [None]),
+                                  lambda vae: WithPriors(WithPriors(vae, [None]), [None])])
+def test_the_loop_asks_the_model_for_its_weights(wrap):
+    "A model of one's own, also inside other priors."
+    vae, x = Shares((2,), 2, hidden=(4,), sigma=0.5), torch.rand(8, 2)
+    def loss(step, **how):
+        torch.manual_seed(0)
+        return VAELoss(wrap(vae), kl_warmup=10, **how)(x, step)["loss"].item()
+    kl = loss(10) - loss(0)
+    assert loss(5, kl_balance=True) - loss(5) == pytest.approx(kl / 2, rel=1e-4)
+    assert loss(10, kl_balance=True) == loss(10)
+    assert loss(0, spectral=0.1) - loss(0) == pytest.approx(0.1 * vae.regularisation().item(), rel=1e-4)
+
+
+def test_training_does_not_load_nvae():
+    code = "import sys, ncp_vae.engine.train\nassert 'ncp_vae.models.nvae' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
