@@ -31,6 +31,7 @@ def _tell(text: str, file=None) -> None:
 
 _GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
 
+# %% ../../nbs/engine/cli.ipynb #c1d31346
 class _Watch:
     "What a run is at, and what signals came: the first interrupts its cell, a second or a minute kill it."
     def __init__(self, cells: int):
