@@ -28,9 +28,12 @@ from ..measured import Measured
 
 # %% ../../nbs/engine/experiment.ipynb #7cc2f48f
 def write_json(path: Path, value) -> None:
-    "Write plain, finite values; the old file stays until the new one is whole."
+    "Write plain, finite values; the old file stays until the new one is whole on the disk."
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 def read_json(path: Path) -> dict:
