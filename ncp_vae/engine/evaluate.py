@@ -37,8 +37,8 @@ def log_likelihoods(vae: TopDownVAE, images: Tensor, num_samples: int, seed: int
 _PART = 100      # images at a time, and under one pool of proposals
 
 def _likelihoods_under(vae: TopDownVAE, reweighted: dict[str, ReweightedPrior], images: Tensor,
-                      num_samples: int, proposals: int | Sequence[int] | None, bounded: int,
-                      seed: int) -> dict[str, Tensor]:
+                       num_samples: int, proposals: int | Sequence[int] | None, bounded: int,
+                       seed: int) -> dict[str, Tensor]:
     """One value an image under a VAE's own prior, "", and those that reweight it, from the same walks: nats.
 
     NAME: [N]. "NAME bound": under the SIR density, of the first parts that hold `bounded` images."""
@@ -58,7 +58,7 @@ def _likelihoods_under(vae: TopDownVAE, reweighted: dict[str, ReweightedPrior], 
 
 # %% ../../nbs/engine/evaluate.ipynb #77b4a162
 def _values_of(priors: dict, images: Tensor, *, num_samples: int, proposals, bound_images: int, copies: int,
-              seed: int, keep: Callable) -> dict[str, Tensor]:
+               seed: int, keep: Callable) -> dict[str, Tensor]:
     "Of every prior, by its name: [copies, N], nats; and \"NAME bound\" of those that are reweighted: [b]."
     found = {}
     for vae in dict.fromkeys(map(_walked, priors.values())):
@@ -91,13 +91,13 @@ def _pool_std_error(ncp: ReweightedPrior, num_samples: int, generator: torch.Gen
 
 # %% ../../nbs/engine/evaluate.ipynb #96545d3d
 def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed: int, log_z_samples: int,
-                       method: Partition | None, proposals, bound_images: int, copies: int,
-                       keep: Callable) -> dict[str, dict[str, Measured]]:
+                        method: Partition | None, proposals, bound_images: int, copies: int,
+                        keep: Callable) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about likelihoods."
     log_z = {name: prior.log_partition(log_z_samples, _generator(seed, -1), method)
              for name, prior in priors.items() if isinstance(prior, ReweightedPrior)}
     values = _values_of(priors, images, num_samples=num_samples, proposals=proposals,
-                       bound_images=bound_images, copies=copies, seed=seed, keep=keep)
+                        bound_images=bound_images, copies=copies, seed=seed, keep=keep)
     shared = {name: log_z[name].std_error if name in log_z else 0.0 for name in priors}
     first = next(iter(priors))
     table = {}
@@ -109,7 +109,7 @@ def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed:
             row["gain"] = mean_of(gain, shared_error=hypot(error, shared[first]))
         if f"{name} bound" in values:
             row |= _bound_columns(priors[name], values[f"{name} bound"], values[first][0], log_z_samples,
-                                 proposals, shared[first], _generator(seed, -2))
+                                  proposals, shared[first], _generator(seed, -2))
         if name in log_z:
             row["log_z"] = log_z[name]
         table[name] = row
@@ -121,8 +121,8 @@ def _generator(seed: int, key: int) -> torch.Generator:
 
 # %% ../../nbs/engine/evaluate.ipynb #2e8d895b
 def _bound_columns(prior: ReweightedPrior, bound: Tensor, base: Tensor, log_z_samples: int,
-                  proposals: int | Sequence[int], base_error: float,
-                  generator: torch.Generator) -> dict[str, Measured]:
+                   proposals: int | Sequence[int], base_error: float,
+                   generator: torch.Generator) -> dict[str, Measured]:
     """The lower bound on SIR's law, [b], and its gain over the first prior's values, [N].
 
     base_error: what all of those share."""
@@ -142,7 +142,7 @@ def block_mmd2(x: Tensor, y: Tensor, blocks: int = 10) -> Measured:
 
 # %% ../../nbs/engine/evaluate.ipynb #c53002fe
 def _sample_columns(priors: dict, images: Tensor, draws: int, samplers: dict[str, Sampler], seed: int,
-                   keep: Callable) -> dict[str, dict[str, Measured]]:
+                    keep: Callable) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about the latents of `draws` samples, and the seconds that they took."
     vaes = dict.fromkeys(map(_walked, priors.values()))
     posterior = {vae: keep(f"posterior-{i}", partial(walks_of, vae, draws, seed, images=images))[0]
@@ -180,7 +180,7 @@ def walks_of(prior: TopDownVAE | ReweightedPrior, n: int, seed: int, sampler: Sa
     return [torch.cat(part) for part in zip(*found)]
 
 def _timed_latents(prior: TopDownVAE | ReweightedPrior, n: int, seed: int,
-                  sampler: Sampler | None) -> tuple[Tensor, float]:
+                   sampler: Sampler | None) -> tuple[Tensor, float]:
     "The latents of n samples, and the seconds that they took."
     began = time.perf_counter()
     return walks_of(prior, n, seed, sampler)[0], time.perf_counter() - began
@@ -203,8 +203,8 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
     _check(priors, images, bound_images, copies, draws, samplers)
     bounded = len(images) // copies if bound_images is None else bound_images
     table = _likelihood_columns(priors, images, num_samples=num_samples, seed=seed,
-                               log_z_samples=log_z_samples, method=method, proposals=proposals,
-                               bound_images=bounded, copies=copies, keep=keep)
+                                log_z_samples=log_z_samples, method=method, proposals=proposals,
+                                bound_images=bounded, copies=copies, keep=keep)
     more = [_sample_columns(priors, images, draws, samplers, seed, keep)] if draws else []
     if scorer is not None:
         of_images = {name: drawn_from(prior, samplers.get(name)) for name, prior in priors.items()}

@@ -9,7 +9,6 @@ __all__ = ['NVAE_50K_TRAIN', 'RAE_10K_TEST', 'JOINT_EBM_30K', 'PROTOCOLS', 'to_b
 
 # %% ../../nbs/engine/fid.ipynb #3f9d2477
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -134,9 +133,8 @@ class ImageScores:
 def _process() -> tuple[int, int]:
     "This process's number and how many there are, by the process group that the metrics add up over."
     group = torch.distributed
-    if group.is_available() and group.is_initialized():
-        return group.get_rank(), group.get_world_size()
-    return 0, 1
+    several = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if several else (0, 1)
 
 def _batches_of(total: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
     "This process's share of `total` images: (batch number, first image, first image of the next batch)."
@@ -147,9 +145,8 @@ def _batches_of(total: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
 
 def _reference_indices(protocol: Protocol, size: int, limit: int | None) -> list[int]:
     "Which of `size` real images the protocol takes, at most `limit`: the first, or a fixed choice."
-    order = torch.arange(size)
-    if protocol.shuffled:
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    order = (torch.randperm(size, generator=torch.Generator().manual_seed(0)) if protocol.shuffled
+             else torch.arange(size))
     return order[:min(n for n in (size, protocol.reference, limit) if n is not None)].tolist()
 
 def _claimed_name(protocol: Protocol, generated: int, reference: int, size: int) -> str:
@@ -165,7 +162,7 @@ def _claimed_name(protocol: Protocol, generated: int, reference: int, size: int)
 
 # %% ../../nbs/engine/fid.ipynb #1b91a878
 def _features_of(network: _Checked, total: int, batch_size: int,
-                images_of: Callable[[int, int, int], Tensor]) -> Tensor:
+                 images_of: Callable[[int, int, int], Tensor]) -> Tensor:
     """Features [total, D] of all processes, on the CPU, in the order of the batches.
 
     images_of(b, at, to): the images [to - at, C, H, W] in [0, 1] of batch number b."""
@@ -200,7 +197,7 @@ class ImageScorer:
         self.image_shape = reference[[0]].shape[1:]
         indices = _reference_indices(protocol, self.size, limit)
         self.real = _features_of(self.checked, len(indices), batch_size,
-                                lambda b, at, to: reference[indices[at:to]])
+                                 lambda b, at, to: reference[indices[at:to]])
 
     def score(self, draw: Callable[[int, torch.Generator], Tensor]) -> ImageScores:
         """Of draw(n, generator): n images [n, C, H, W] in [0, 1], of a model the likelihood's mean.
@@ -307,9 +304,10 @@ def measuring_network(run, train: Dataset, test: Dataset, dataset: str, root: Pa
     labels = load_labels(dataset, root=root) if has_labels(dataset) else None
     network = features_for(None, train, labels, checkpoint=run.path("features.ckpt"), **training)
     if labels is None:
-        told = turns_told(network.net, test.images)
-        told = run.metric("turns_told", told, unit="fraction of turned test images")
-        print(f"turned test images that the net tells: {told}; by chance 0.25, where not square 0.5")
+        told = run.metric("turns_told", turns_told(network.net, test.images),
+                          unit="fraction of turned test images")
+        print(f"turned test images that the net tells: {told}; by chance 0.25, of images that are not "
+              "square 0.5")
     return network
 
 # %% ../../nbs/engine/fid.ipynb #44ea2516

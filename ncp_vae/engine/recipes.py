@@ -41,7 +41,8 @@ def network(model: str, image_shape, *, mean: Tensor | None = None, groups: int 
     another name, or where a preset is for images of another shape."""
     if model == "dense":
         if not 1 <= groups <= latents:
-            raise ValueError(f"a dense model's groups lie between 1 and its {latents} latents, got {groups}")
+            raise ValueError(f"a dense model's groups must lie between 1 and its {latents} latents, "
+                             f"got {groups}")
         hidden = hidden_for(parameters, image_shape, groups, latents // groups, state)
         return DenseHierarchy(image_shape, groups, latents // groups, hidden, state, mean=mean)
     if not model.startswith("nvae:"):
@@ -53,7 +54,7 @@ def network(model: str, image_shape, *, mean: Tensor | None = None, groups: int 
 
 # %% ../../nbs/engine/recipes.ipynb #3ac5a671
 def _settings_for(model: str, n_images: int, *, steps: int = 0, batch_size: int = 128,
-                 lr: float = 2e-3) -> dict:
+                  lr: float = 2e-3) -> dict:
     "See `build_vae`; a preset's batch holds at most all images."
     if model == "dense":
         return dict(steps=steps, batch_size=batch_size, lr=lr, kl_warmup=steps // 10,
