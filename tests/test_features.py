@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ncp_vae.engine import train
 from ncp_vae.engine.data import load, load_labels
-from ncp_vae.engine.features import (FeatureNet, TurnLoss, all_turns, embed, feature_distance, fit_features, frechet_distance, gaussian_fit,
+from ncp_vae.engine.features import (FeatureNet, _TurnLoss, _all_turns, embed, feature_distance, fit_features, frechet_distance, gaussian_fit,
                                      precision_recall, turns_told)
 
 SETTINGS = dict(steps=60, batch_size=64, lr=2e-3, seed=0)
@@ -197,9 +197,9 @@ def test_training_refuses_bad_images_and_labels(digits):
 
 def test_the_turns_are_anticlockwise_and_keep_the_shape():
     image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    assert [x.flatten().tolist() for x in all_turns(image)] == [[1, 2, 3, 4], [2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]]
+    assert [x.flatten().tolist() for x in _all_turns(image)] == [[1, 2, 3, 4], [2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]]
     wide = torch.arange(6.0).view(1, 1, 2, 3)
-    assert [x.flatten().tolist() for x in all_turns(wide)] == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
+    assert [x.flatten().tolist() for x in _all_turns(wide)] == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
 
 
 @pytest.mark.parametrize("shape, count", [((2, 8, 8), 4), ((2, 8, 9), 2)])
@@ -207,7 +207,7 @@ def test_the_loss_of_turns_is_the_mean_over_all_of_them(shape, count):
     net, images = FeatureNet(shape, count, labelled=False), torch.rand(5, *shape)
     parts = [F.cross_entropy(net(torch.rot90(images, turn, (2, 3))), torch.full((5,), place))
              for place, turn in enumerate([0, 1, 2, 3] if count == 4 else [0, 2])]
-    assert TurnLoss(net)(images.flatten(1), 0)["loss"].item() == pytest.approx(sum(parts).item() / count, rel=1e-5)
+    assert _TurnLoss(net)(images.flatten(1), 0)["loss"].item() == pytest.approx(sum(parts).item() / count, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def turner(digits):
 def test_turns_are_learnt_and_the_features_are_white(turner, net, digits):
     """Of 1,200 held-out turned digits far more than a quarter are put right (standard error at most 0.015); untrained, about a quarter."""
     held_out, untrained = load("digits", "test").images[:300], FeatureNet((1, 8, 8), 4, labelled=False)
-    right = torch.stack([turner(x).argmax(1) == turn for turn, x in enumerate(all_turns(held_out))]).double()
+    right = torch.stack([turner(x).argmax(1) == turn for turn, x in enumerate(_all_turns(held_out))]).double()
     told = turns_told(turner, held_out)
     assert told.value == pytest.approx(right.mean().item()) and told.n == 300 and 0 < told.std_error < 0.03
     assert told.value > 0.5 and turns_told(untrained, held_out).value < 0.4

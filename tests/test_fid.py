@@ -14,10 +14,10 @@ from torchmetrics.image.kid import poly_mmd
 from ncp_vae.engine.data import Rows
 from ncp_vae.engine.features import (FeatureNet, frechet_distance, gaussian_distance, gaussian_fit, jackknife_error,
                                      left_out)
-from ncp_vae.engine.fid import (NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, ImageScorer,
-                                ImageScores, Protocol, claimed_name, drawn_from, excess_left, features_for,
-                                kernel_distance, lower_by, reconstructions, reference_indices, score_images, to_bytes)
-from ncp_vae.engine.neighbours import nearest, nearest_in, neighbour_view
+from ncp_vae.engine.fid import (NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, ImageScorer, ImageScores, Protocol, _Checked,
+                                _claimed_name, _ClassifierFeatures, _reference_indices, drawn_from, excess_left,
+                                features_for, kernel_distance, lower_by, reconstructions, score_images, to_bytes)
+from ncp_vae.engine.neighbours import _neighbour_view, nearest, nearest_in
 from ncp_vae.measured import Measured
 from ncp_vae.models.flat import DenseVAE
 
@@ -111,7 +111,7 @@ def test_bad_features_join_no_others(features, words):
     given = nn.Identity()
     given.num_features = 3
     with pytest.raises(ValueError, match=words):
-        Checked(given)(features)
+        _Checked(given)(features)
 
 
 def test_too_few_images_are_refused():
@@ -158,12 +158,12 @@ def test_the_named_protocols():
 
 
 def test_which_real_images_are_taken():
-    chosen = reference_indices(NVAE_50K_TRAIN, 162_770, None)
-    assert len(chosen) == len(set(chosen)) == 50_000 and chosen == reference_indices(NVAE_50K_TRAIN, 162_770, None)
+    chosen = _reference_indices(NVAE_50K_TRAIN, 162_770, None)
+    assert len(chosen) == len(set(chosen)) == 50_000 and chosen == _reference_indices(NVAE_50K_TRAIN, 162_770, None)
     assert max(chosen) > 160_000
-    assert reference_indices(RAE_10K_TEST, 19_962, None) == list(range(10_000))
-    assert len(reference_indices(PROTOCOLS["joint-ebm-30k"], 29_000, None)) == 29_000
-    assert len(reference_indices(NVAE_50K_TRAIN, 4000, 100)) == 100
+    assert _reference_indices(RAE_10K_TEST, 19_962, None) == list(range(10_000))
+    assert len(_reference_indices(PROTOCOLS["joint-ebm-30k"], 29_000, None)) == 29_000
+    assert len(_reference_indices(NVAE_50K_TRAIN, 4000, 100)) == 100
 
 
 @pytest.mark.parametrize("protocol, counts, name", [
@@ -175,7 +175,7 @@ def test_which_real_images_are_taken():
     ("joint-ebm-30k", (30_000, 27_000, 27_000), "joint-ebm-30k"),
 ])
 def test_a_name_is_claimed_only_where_the_protocol_was_followed(protocol, counts, name):
-    assert claimed_name(PROTOCOLS[protocol], *counts) == name
+    assert _claimed_name(PROTOCOLS[protocol], *counts) == name
 
 
 def test_scores_say_what_they_are():
@@ -238,7 +238,7 @@ def test_bad_settings_are_refused(settings):
 def test_classifier_scores_are_the_distance_of_its_features_as_they_are():
     "Of the same images, in bytes: a stream and the whole sets give one number."
     images = (torch.rand(400, 1, 8, 8) * 255).round() / 255
-    network = ClassifierFeatures(FeatureNet((1, 8, 8), 2))
+    network = _ClassifierFeatures(FeatureNet((1, 8, 8), 2))
     fixed = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(5)) ** 1.2
     stream = iter(fixed.split(100))
     scores = score_images(Protocol("p", 400, None, "train", ""), images, lambda n, g: next(stream), network, batch_size=100, seed=0)
@@ -249,13 +249,13 @@ def test_classifier_scores_are_the_distance_of_its_features_as_they_are():
 
 def test_features_are_chosen_in_one_place(tmp_path):
     images, labels = torch.rand(100, 1, 8, 8), torch.arange(100) % 2
-    assert isinstance(features_for(None, images, labels, steps=2, batch_size=10, lr=1e-3, seed=0), ClassifierFeatures)
+    assert isinstance(features_for(None, images, labels, steps=2, batch_size=10, lr=1e-3, seed=0), _ClassifierFeatures)
     with pytest.raises(FileNotFoundError, match="no Inception weights"):
         features_for(tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="a net is trained, which needs images"):
         features_for(None)
     with pytest.raises(ValueError, match="wants bytes"):
-        ClassifierFeatures(FeatureNet((1, 8, 8), 2))(images)
+        _ClassifierFeatures(FeatureNet((1, 8, 8), 2))(images)
 
 
 def test_features_without_labels_are_named_so_and_never_compared_with_others():
@@ -267,7 +267,7 @@ def test_features_without_labels_are_named_so_and_never_compared_with_others():
         "64 features of a net trained without labels, to tell quarter turns of 1 x 8 x 8 images apart"]
     scores = [score_images(protocol, images, draw, network, batch_size=50, seed=0) for network in networks]
     assert [network.name for network in networks] == [score.features for score in scores] == names
-    assert [ClassifierFeatures(network.net).name for network in networks] == names and not any(score.is_fid for score in scores)
+    assert [_ClassifierFeatures(network.net).name for network in networks] == names and not any(score.is_fid for score in scores)
     assert lower_by(scores[1], scores[2]).value == 0
     with pytest.raises(ValueError, match="compares like with like"):
         lower_by(scores[0], scores[1])
@@ -347,24 +347,24 @@ def test_two_processes_are_one(tmp_path):
 def test_nearest_in_a_stream_is_a_tree_over_the_views(size):
     images, samples = torch.rand(90, 3, size, size), torch.rand(4, 3, size, size)
     distances, indices = nearest_in(samples, Rows(images), k=3, chunk=20)
-    tree = KDTree(neighbour_view(images).flatten(1).double().numpy())
-    expected, order = tree.query(neighbour_view(samples).flatten(1).double().numpy(), k=3)
+    tree = KDTree(_neighbour_view(images).flatten(1).double().numpy())
+    expected, order = tree.query(_neighbour_view(samples).flatten(1).double().numpy(), k=3)
     assert (indices.numpy() == order).all() and torch.allclose(distances.double(), torch.from_numpy(expected), rtol=1e-5)
 
 
 def test_the_view_is_the_middle_of_64_pixels():
     image = torch.zeros(1, 1, 128, 128)
     image[..., 24:104, 24:104] = 1                      # the middle 80 of 128 is the middle 40 of 64
-    assert neighbour_view(image).shape == (1, 1, 40, 40) and neighbour_view(image).mean() > 0.98
-    assert torch.equal(neighbour_view(torch.ones(1, 3, 64, 64)), torch.ones(1, 3, 40, 40))
+    assert _neighbour_view(image).shape == (1, 1, 40, 40) and _neighbour_view(image).mean() > 0.98
+    assert torch.equal(_neighbour_view(torch.ones(1, 3, 64, 64)), torch.ones(1, 3, 40, 40))
     small = torch.rand(1, 1, 28, 28)
-    assert torch.equal(neighbour_view(small), small)
+    assert torch.equal(_neighbour_view(small), small)
 
 
 def test_the_view_averages_what_it_leaves_out():
     "A checkerboard of single pixels becomes grey where it shrinks by four, and would be black or white if it were sampled."
     board = (torch.arange(256)[:, None] + torch.arange(256)) % 2
-    assert (neighbour_view(board.float()[None, None]) - 0.5).abs().max() < 0.05
+    assert (_neighbour_view(board.float()[None, None]) - 0.5).abs().max() < 0.05
 
 
 def test_an_image_finds_itself():

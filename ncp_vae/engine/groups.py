@@ -23,16 +23,16 @@ from ..walk import Step, TopDownVAE, check_step, evaluating, from_posterior, fro
 def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
                  negatives: Callable[[Step, Tensor], Negatives] = prior_negatives
                  ) -> list[tuple[Tensor, Tensor]]:
-    """The logits of each group's classifier at draws of both kinds, from one posterior walk: K pairs of [B] (Eq. 4).
+    """The logits of each group's classifier at draws of both kinds, from one posterior walk: K pairs of [B].
 
-    x: [B, *image]. negatives(step, z_q) gives the draws of the other kind, at the posterior's z_<k, and what is
-    added to log r_k on each side: nothing in a first stage. Both kinds go through a ratio as one mixed batch,
-    [2, B, *event]: by their own statistics its batch norm would tell them apart. nats."""
+    Eq. 4; nats. x: [B, *image]. negatives(step, z_q) gives the draws of the other kind, at the posterior's
+    z_<k, and what is added to log r_k on each side: nothing in a first stage. Both kinds go through a ratio
+    as one mixed batch, [2, B, *event]: by their own statistics its batch norm would tell them apart."""
     met = []
     def choose(step):
         met.append((check_step(vae, step, len(x)), from_posterior()(step)))
         return met[-1][1] if len(met) < len(ratios) else None          # the image at the bottom is not wanted
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):     # the contexts that sampling will meet
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):      # contexts as in sampling
         descend(vae, choose, evidence=vae.encode(x))
     pairs = []
     for (step, z_q), ratio in zip(met, ratios):
@@ -46,11 +46,11 @@ def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
 # %% ../../nbs/engine/groups.ipynb #cd4f84bd
 def group_reports(ncp: ReweightedPrior, images: Tensor, seed: int, batch_size: int = 1000,
                   negatives: Callable[[Step, Tensor], Negatives] = prior_negatives) -> list[RatioReport]:
-    """What the logits of each group say on images that the ratios have not seen: K reports. images: [N, *image].
+    """What the logits of each group say on images [N, *image] that the ratios have not seen: K reports.
 
-    Of a first stage the sum of their `kl_bound` is, but for its errors, at most KL(q || p), what a perfect ratio
-    would win of the bound on average; of a later one it is about the stages before. negatives: what the ratios were
-    trained against, where that is not the base prior."""
+    Of a first stage the sum of their `kl_bound` is, but for its errors, at most KL(q || p), what a perfect
+    ratio would win of the bound on average; of a later one it is about the stages before. negatives: what the
+    ratios were trained against, where that is not the base prior."""
     generator = torch.Generator().manual_seed(seed)
     device = device_of(ncp.vae)
     with torch.no_grad(), evaluating(ncp), seeded(generator):
@@ -66,7 +66,8 @@ def device_of(vae: TopDownVAE) -> torch.device:
 # %% ../../nbs/engine/groups.ipynb #c4be673a
 def sir_ess(ncp: ReweightedPrior, n: int, proposals: int, seed: int) -> list[Measured]:
     "ESS of M proposals in each group, over n walks in which SIR chose the groups before: K values in [1, M]."
-    sampler, generator = SIR(proposals), torch.Generator().manual_seed(seed)
+    sampler = SIR(proposals)
+    generator = torch.Generator().manual_seed(seed)
     ess = []
     def choose(step):
         result = sampler.resample(ncp.ratios[step.index].condition(step.context), step.prior, generator)
@@ -79,16 +80,18 @@ def sir_ess(ncp: ReweightedPrior, n: int, proposals: int, seed: int) -> list[Mea
 # %% ../../nbs/engine/groups.ipynb #c2dddab7
 def record_groups(run, reports: Sequence[RatioReport], ess: Sequence[Measured], n: int,
                   labels: Sequence[str] | None = None) -> Measured:
-    """Print the table of the groups, record it, and return the sum of the bounds on KL(q || p), with its error.
+    """Print and record the table of the groups; the sum of the bounds on KL(q || p), with its error.
 
-    run: has `metric(name, value)`, as `Run`. n: held-out images behind the reports. labels: what the groups are called
-    in the metrics' names, by default 1 to K, and then the sum is recorded too. The error of the sum takes the groups
-    as independent."""
-    print("group      loss                   KL(q||p)               log E_p[r]             calibration (noise)   ESS")
+    run: has `metric(name, value)`, as `Run`. n: held-out images behind the reports. labels: what the groups
+    are called in the metrics' names, by default 1 to K, and then the sum is recorded too. The error of the
+    sum takes the groups as independent."""
+    print("group      loss                   KL(q||p)               "
+          "log E_p[r]             calibration (noise)   ESS")
     for label, report, effective in zip(labels or range(1, len(reports) + 1), reports, ess):
         found = {name: _measured(report, name, n) for name in ("loss", "kl_bound", "log_mean_ratio")}
         print(f"{label!s:8s}   " + "   ".join(f"{value.short():20s}" for value in found.values())
-              + f"   {report.calibration_error:.4f} ({report.calibration_noise:.4f})       {effective.short()}")
+              + f"   {report.calibration_error:.4f} ({report.calibration_noise:.4f})"
+              + f"       {effective.short()}")
         for name, value in {**found, "ess": effective}.items():
             run.metric(f"{name}_{label}", value)
     total = _sum_of([_measured(report, "kl_bound", n) for report in reports])

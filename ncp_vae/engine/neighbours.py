@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 # %% ../../nbs/engine/neighbours.ipynb #d1efe8c4
 def nearest(queries: Tensor, images: Tensor, k: int = 1, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    "Distances [B, k] and indices [B, k] of the k nearest of `images` [N, *image] to each of `queries` [B, *image]."
+    "Distances and indices, [B, k] each, of the k nearest of `images` [N, *image] to `queries` [B, *image]."
     if not 1 <= k <= len(images):
         raise ValueError(f"nearest: k must be between 1 and the number of images {len(images)}, got {k}")
     distances = torch.cat([torch.cdist(part.flatten(1), images.flatten(1)) for part in queries.split(chunk)])
@@ -21,10 +21,10 @@ def nearest(queries: Tensor, images: Tensor, k: int = 1, chunk: int = 1000) -> t
     return values, indices
 
 # %% ../../nbs/engine/neighbours.ipynb #523f0379
-def neighbour_view(images: Tensor) -> Tensor:
-    """What Appendix G compares of images [B, C, H, W]: at 64×64, the middle 40×40; below 64 pixels: the image itself.
+def _neighbour_view(images: Tensor) -> Tensor:
+    """What Appendix G compares of images [B, C, H, W]: at 64×64, the middle 40×40.
 
-    Bilinear; averaged over what is left out where it shrinks."""
+    Below 64 pixels: the image itself. Bilinear; averaged over what is left out where it shrinks."""
     if min(images.shape[-2:]) < 64:
         return images
     if images.shape[-2:] != (64, 64):
@@ -33,20 +33,22 @@ def neighbour_view(images: Tensor) -> Tensor:
 
 # %% ../../nbs/engine/neighbours.ipynb #8b0c0f84
 def nearest_in(samples: Tensor, dataset: Dataset, k: int = 1, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """Euclidean distances [B, k] and indices [B, k] of the k images of a Dataset nearest to samples [B, C, H, W] (App. G).
+    """Euclidean distances and indices, [B, k] each, of the k images of a Dataset nearest to samples.
 
-    dataset[list of ints] gives images [n, C, H, W]; they are read `chunk` at a time, so they need not fit into memory.
-    Both sides are seen through `neighbour_view`. Raises ValueError where k or the images' shape does not fit."""
+    As in Appendix G: at 64×64 pixels the middle 40×40 are compared, below 64 the images themselves.
+    samples: [B, C, H, W]. dataset[list of ints] gives images [n, C, H, W], read `chunk` at a time, so that
+    they need not fit into memory. Raises ValueError where k or the images' shape does not fit."""
     if not 1 <= k <= len(dataset):
         raise ValueError(f"nearest_in: k must be between 1 and the number of images {len(dataset)}, got {k}")
-    queries = neighbour_view(samples.float()).flatten(1)
-    values, indices = torch.empty(len(samples), 0), torch.empty(len(samples), 0, dtype=torch.long)
+    queries = _neighbour_view(samples.float()).flatten(1)
+    values = torch.empty(len(samples), 0)
+    indices = torch.empty(len(samples), 0, dtype=torch.long)
     for at in torch.arange(len(dataset)).split(chunk):
         images = dataset[at.tolist()]
         if images.shape[1:] != samples.shape[1:]:
             raise ValueError(f"nearest_in: samples have shape {tuple(samples.shape[1:])}, the images "
                              f"{tuple(images.shape[1:])}")
-        views = neighbour_view(images.to(queries)).flatten(1)
+        views = _neighbour_view(images.to(queries)).flatten(1)
         found = torch.cdist(queries, views, compute_mode="donot_use_mm_for_euclid_dist").cpu()
         values = torch.cat([values, found], dim=1)
         indices = torch.cat([indices, at.expand(len(found), -1)], dim=1)
