@@ -119,7 +119,7 @@ def positive_int(what: str, value: int) -> int:
     return index(value)
 
 def proposals_of(who: str, proposals: int | Sequence[int]) -> int | list[int]:
-    "M, one int or a list of one for each group, each a `whole` number."
+    "M, one int or a list of one for each group, each a whole number of at least 1."
     what = f"{who}: the number of proposals M"
     several = isinstance(proposals, (list, tuple))
     return [positive_int(what, M) for M in proposals] if several else positive_int(what, proposals)
