@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common                                                                                  # noqa: E402
 
 from ncp_vae.engine.data import Binarized, binarize, load                                      # noqa: E402
-from ncp_vae.engine.evaluate import group_logits                                               # noqa: E402
+from ncp_vae.engine.groups import group_logits                                               # noqa: E402
 from ncp_vae.engine.train import Recipe, fit, fit_ncp, fit_vae                                 # noqa: E402
 from ncp_vae.models.hierarchical import DenseHierarchy                                         # noqa: E402
 from ncp_vae.models.nvae import NVAE, NVAEConfig                                               # noqa: E402

@@ -8,14 +8,19 @@ from sklearn.neighbors import KDTree
 from torch import nn
 
 from ncp_vae.bound import elbo, iwae
-from ncp_vae.engine.evaluate import block_mmd2, compare, group_logits, group_reports, log_likelihoods, nearest, sir_ess
+from ncp_vae.engine.evaluate import block_mmd2, compare, log_likelihoods, table_of
+from ncp_vae.engine.fid import ImageScorer, Protocol
+from ncp_vae.engine.groups import group_logits, group_reports, record_groups, sir_ess
+from ncp_vae.engine.neighbours import nearest
+from ncp_vae.measured import Measured
+from ncp_vae.models.priors import GaussianMixture
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.nce import RatioEstimator
-from ncp_vae.prior import NoiseContrastivePrior
-from ncp_vae.sampling import SIR
-from ncp_vae.walk import FlatVAE, diagonal_normal, from_prior
+from ncp_vae.prior import NoiseContrastivePrior, ReweightedPrior
+from ncp_vae.sampling import SIR, Langevin
+from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal, from_prior
 
 
 class Linear(FlatVAE):
@@ -54,13 +59,134 @@ def test_the_gain_is_the_closed_form():
     x = a + variance**0.5 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
     exact = (log_normal(x, a, variance) - log_normal(x, 0.0, variance)).mean().item()
     settings = dict(num_samples=50, log_z_samples=20_000, proposals=512, seed=0)
-    scores, log_z = compare(NoiseContrastivePrior(Linear(), [Tilt(a, b=7.0)]), x, **settings)
-    assert abs(scores.base.value - log_normal(x, 0.0, variance).mean()) < 1e-4      # exact posterior: IWAE is exact
-    assert abs(log_z.value - (a**2 / 2 + 7.0)) < 5 * log_z.std_error
-    assert abs(scores.gain.value - exact) < 5 * scores.gain.std_error
-    assert scores.gain_bound.value < scores.gain.value + 5 * log_z.std_error
-    wrong, _ = compare(NoiseContrastivePrior(Linear(), [Tilt(-a)]), x, **settings)
-    assert abs(wrong.gain.value - exact) > 5 * wrong.gain.std_error
+    vae = Linear()
+    tilts = {"right": Tilt(a, b=7.0), "wrong": Tilt(-a)}
+    found = compare({"base": vae, **{name: NoiseContrastivePrior(vae, [tilt]) for name, tilt in tilts.items()}}, x, **settings)
+    right, wrong = found["right"], found["wrong"]
+    base = found["base"]["log_likelihood"]
+    assert abs(base.value - log_normal(x, 0.0, variance).mean()) < 1e-4 and base.kind == "lower bound"   # an exact posterior
+    assert abs(right["log_z"].value - (a**2 / 2 + 7.0)) < 5 * right["log_z"].std_error
+    assert abs(right["gain"].value - exact) < 5 * right["gain"].std_error
+    assert right["gain_bound"].value < right["gain"].value + 5 * right["log_z"].std_error
+    assert abs(wrong["gain"].value - exact) > 5 * wrong["gain"].std_error
+    assert (right["log_likelihood"].kind, right["bound"].kind) == ("estimate", "lower bound")
+    assert list(found["base"]) == ["log_likelihood"]
+
+
+def test_a_gain_over_an_estimate_holds_the_errors_of_both_log_z():
+    """Against an NCP as the first prior: the shared errors add in quadrature. Equal ratios gain exactly nothing."""
+    vae, x = Linear(), torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    first, second = (NoiseContrastivePrior(vae, [Tilt(0.8)]) for _ in range(2))
+    found = compare({"first": first, "second": second}, x, num_samples=2, log_z_samples=500, seed=0)
+    gain = found["second"]["gain"]
+    assert gain.value == 0 and gain.std_error == pytest.approx(2**0.5 * found["first"]["log_z"].std_error)
+
+
+def test_another_law_is_compared_on_the_same_posterior_draws():
+    """N(m, 1) in the prior's place against the ratio that makes the same law of N(0, 1): the same values image by image, to
+    the error of log Z, although one is walked and the other weighed; and the base's own law gains exactly nothing."""
+    vae, m = Linear(), 0.6
+    class Shifted(nn.Module):
+        def __init__(self, m):
+            super().__init__()
+            self.m = m
+        def forward(self, context, n):
+            return diagonal_normal(torch.full((n, 1), self.m), torch.ones(n, 1))
+    x = torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
+    priors = {"base": vae, "itself": WithPriors(vae, [Shifted(0.0)]), "law": WithPriors(vae, [Shifted(m)]),
+              "ratio": NoiseContrastivePrior(vae, [Tilt(m)])}
+    found = compare(priors, x, num_samples=5, log_z_samples=50_000, seed=0)
+    assert found["itself"]["gain"].value == pytest.approx(0, abs=1e-6)
+    law, ratio = found["law"]["gain"], found["ratio"]["gain"]
+    assert abs(law.value - ratio.value) < 5 * found["ratio"]["log_z"].std_error
+    assert found["law"]["log_likelihood"].kind == "lower bound"
+
+
+def test_thirteen_priors_in_one_table_without_a_special_case():
+    """Every kind: a VAE's own, other laws, mixtures, ratios on each, staged and not, by several samplers; every prior is in
+    every column that its kind has, and the thirteenth is one more entry of the dict."""
+    vae, x = Linear(), torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+    mixed = WithPriors(vae, [GaussianMixture.fit(vae, x, 2, 0)])
+    bases = {"own": vae, "mixture": mixed, "kept": WithPriors(vae, [None])}
+    tilted = {f"{name} tilted {a}": NoiseContrastivePrior(base, [Tilt(a)]) for name, base in bases.items() for a in (0.3, -0.3)}
+    unnormalised = {f"{name} energy": NoiseContrastivePrior(base, [Tilt(0.1, 2.0)]) for name, base in bases.items()}
+    priors = {**bases, **tilted, **unnormalised, "by Langevin": NoiseContrastivePrior(vae, [Tilt(0.3)])}
+    assert len(priors) == 13
+    found = compare(priors, x, num_samples=2, log_z_samples=100, proposals=4, draws=40, seed=0,
+                    samplers={"by Langevin": Langevin(3, 0.1)})
+    assert list(found) == list(priors) and len(table_of(found).splitlines()) == 14
+    for i, (name, row) in enumerate(found.items()):
+        reweighted = isinstance(priors[name], ReweightedPrior)
+        wanted = {"log_likelihood", "mmd2", "told_apart", "seconds"} | ({"gain"} if i else set())
+        assert set(row) == wanted | ({"bound", "gain_bound", "log_z"} if reweighted else set())
+        assert all(isinstance(value, Measured) for value in row.values())
+
+
+def test_images_are_scored_beside_and_paired():
+    "The first prior has no difference; the others' is `lower_by`, with the paired error and the distance's unit."
+    images = torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    vae = DenseVAE((1, 4, 4), 2, (8,)).eval()
+    scorer = ImageScorer(Protocol("p", 60, None, "test", ""), images, Pixel(), batch_size=30, seed=0)
+    found = compare({"base": vae, "ncp": NoiseContrastivePrior(vae, [MLPRatio(2)])}, images.round(), num_samples=1,
+                    log_z_samples=10, seed=0, scorer=scorer)
+    assert "lower_by" not in found["base"] and found["ncp"]["lower_by"].std_error > 0
+    difference = found["base"]["distance"].value - found["ncp"]["distance"].value
+    assert found["ncp"]["lower_by"].value == difference and found["ncp"]["distance"].unit == "raw feature distance"
+
+
+@pytest.mark.parametrize("priors, words", [({}, "dict of names and priors"), (Linear(), "dict of names and priors, .* got Linear"),
+                                           ({"a": Tilt(1.0)}, "a prior is a TopDownVAE or a ReweightedPrior, got a: Tilt")])
+def test_what_is_no_dict_of_priors_is_refused(priors, words):
+    with pytest.raises(ValueError, match=words):
+        compare(priors, torch.zeros(3, 1), num_samples=1, seed=0)
+
+
+@pytest.mark.parametrize("settings, words", [(dict(draws=19), "got 19"), (dict(draws=20, samplers={"ncp": SIR(3)}), "got ncp"),
+                                             (dict(copies=2), "copies = 2"), (dict(bound_images=4), "between 1 and 3, got 4")])
+def test_numbers_that_do_not_fit_are_refused_before_anything_is_computed(settings, words):
+    with pytest.raises(ValueError, match=words):
+        compare({"base": Linear()}, torch.zeros(3, 1), num_samples=1, seed=0, **settings)
+
+
+def test_what_was_computed_is_kept_under_the_priors_names():
+    names, vae = [], Linear()
+    def keep(name, compute):
+        names.append(name)
+        return compute()
+    compare({"base": vae, "ncp": NoiseContrastivePrior(vae, [Tilt(0.1)]), "other": WithPriors(vae, [None])}, torch.zeros(8, 1),
+            num_samples=1, log_z_samples=10, copies=2, draws=20, seed=0, keep=keep)
+    assert names == ["likelihoods-base-ncp-0", "likelihoods-base-ncp-1", "likelihoods-other-0", "likelihoods-other-1",
+                     "posterior-0", "posterior-1", "latents-base", "latents-ncp", "latents-other"]
+
+
+class Pixel(nn.Module):
+    "Bytes of any shape -> the mean and the standard deviation of an image."
+    num_features, is_standard, name = 2, False, "mean and deviation"
+
+    def forward(self, images):
+        flat = images.float().flatten(1) / 255
+        return torch.stack([flat.mean(1), flat.std(1) if flat.shape[1] > 1 else flat[:, 0].square()], 1)
+
+
+def test_the_table_of_the_groups_is_printed_and_recorded(capsys):
+    "By the groups' numbers, or by the names that are given; the sum takes the groups as independent."
+    class Record(dict):
+        def metric(self, name, value):
+            self[name] = value
+            return value
+    x, vae = torch.randn(100, 1, generator=torch.Generator().manual_seed(0)), Linear()
+    ncp = NoiseContrastivePrior(vae, [Tilt(0.4)])
+    reports, ess = group_reports(ncp, x, 0) * 2, sir_ess(ncp, 5, 8, 0) * 2
+    run = Record()
+    total = record_groups(run, reports, ess, 100)
+    assert set(run) == {f"{name}_{k}" for name in ("loss", "kl_bound", "log_mean_ratio", "ess") for k in (1, 2)} | {"kl_bound"}
+    assert total.value == pytest.approx(2 * reports[0].kl_bound) and run["kl_bound"] == total and total.kind == "lower bound"
+    assert total.std_error == pytest.approx(2**0.5 * reports[0].kl_bound_std_error)
+    assert run["loss_1"] == Measured(reports[0].loss, reports[0].loss_std_error, n=100) and run["ess_2"] == ess[1]
+    named = Record()
+    record_groups(named, reports[:1], ess[:1], 100, labels=["ncp"])
+    assert set(named) == {"loss_ncp", "kl_bound_ncp", "log_mean_ratio_ncp", "ess_ncp"}
+    assert "all groups: at least" in capsys.readouterr().out
 
 
 def test_the_ratios_never_ask_for_an_image():
@@ -91,13 +217,14 @@ def test_copies_of_an_image_are_not_independent_images():
     five times as many images, the error would be smaller by the square root of five."""
     x, ncp = torch.randn(200, 1, generator=torch.Generator().manual_seed(0)), NoiseContrastivePrior(Linear(), [Tilt(0.8)])
     settings = dict(num_samples=2, log_z_samples=100_000, proposals=16, seed=0, bound_images=100)
-    once, _ = compare(ncp, x, **settings)
-    copied, _ = compare(ncp, x.repeat(5, 1), copies=5, **settings)
-    naive, _ = compare(ncp, x.repeat(5, 1), **settings)
-    assert copied.base.n == 200 and copied.ncp_bound.n == 100
-    assert copied.base.value == pytest.approx(once.base.value, abs=1e-4)
-    assert copied.base.std_error == pytest.approx(once.base.std_error, rel=1e-3)
-    assert naive.base.std_error == pytest.approx(once.base.std_error / 5**0.5, rel=0.01)
+    def base(images, **more):
+        found = compare({"base": ncp.vae, "ncp": ncp}, images, **settings, **more)
+        return found["base"]["log_likelihood"], found["ncp"]["bound"]
+    (once, _), (copied, bound), (naive, _) = base(x), base(x.repeat(5, 1), copies=5), base(x.repeat(5, 1))
+    assert copied.n == 200 and bound.n == 100
+    assert copied.value == pytest.approx(once.value, abs=1e-4)
+    assert copied.std_error == pytest.approx(once.std_error, rel=1e-3)
+    assert naive.std_error == pytest.approx(once.std_error / 5**0.5, rel=0.01)
 
 
 def test_the_reports_of_known_ratios():
@@ -171,8 +298,8 @@ def test_a_forgotten_eval_is_mended_and_told():
         values += [torch.tensor(ncp.log_partition(50, generator()).value), ncp.sample(5, SIR(4), generator=generator()).latents[0]]
         values += [torch.tensor([report.loss for report in group_reports(ncp, x, 0)]),
                    torch.tensor([score.value for score in sir_ess(ncp, 5, 4, 0)])]
-        scores, _ = compare(ncp, x, num_samples=2, log_z_samples=20, proposals=4, seed=0)
-        return [*values, torch.tensor([scores.base.value, scores.ncp.value, scores.ncp_bound.value])]
+        rows = compare({"base": vae, "ncp": ncp}, x, num_samples=2, log_z_samples=20, proposals=4, seed=0)
+        return [*values, torch.tensor([value.value for row in rows.values() for value in row.values()])]
     ncp.eval()
     right, state = found(), {name: value.clone() for name, value in ncp.state_dict().items() if "log_z" not in name}
     ncp.train(), vae.train()

@@ -8,13 +8,16 @@ import torch
 from accelerate.state import AcceleratorState
 from sklearn.neighbors import KDTree
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
 from ncp_vae.engine.data import Rows
-from ncp_vae.engine.evaluate import nearest, nearest_in, neighbour_view
-from ncp_vae.engine.features import FeatureNet, frechet_distance, jackknife_error, left_out
-from ncp_vae.engine.fid import (FID, KID, NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, Given,
-                                ImageScorer, ImageScores, Protocol, claimed_name, excess_left, features_for, lower_by, reconstructions,
-                                reference_indices, score_images, to_bytes)
+from ncp_vae.engine.features import (FeatureNet, frechet_distance, gaussian_distance, gaussian_fit, jackknife_error,
+                                     left_out)
+from ncp_vae.engine.fid import (NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, Checked, ClassifierFeatures, ImageScorer,
+                                ImageScores, Protocol, claimed_name, drawn_from, excess_left, features_for,
+                                kernel_distance, lower_by, reconstructions, reference_indices, score_images, to_bytes)
+from ncp_vae.engine.neighbours import nearest, nearest_in, neighbour_view
 from ncp_vae.measured import Measured
 from ncp_vae.models.flat import DenseVAE
 
@@ -29,13 +32,6 @@ class Blocks(nn.Module):
 
     def forward(self, images):
         return images.float().flatten(1).unflatten(1, (8, -1)).mean(-1) / 64
-
-
-def accumulate(metric, real, fake, batch=100):
-    for rows, kind in [(real, True), (fake, False)]:
-        for part in rows.split(batch):
-            metric.update(part, real=kind)
-    return metric
 
 
 def noise(n, generator):
@@ -67,92 +63,89 @@ def test_what_cannot_become_bytes_is_refused(images, words):
 
 # ---- the distance ---------------------------------------------------------------------------------------------------
 
-def test_fid_is_the_rows_distance_and_torchmetrics():
-    real, fake = randn(500, 12) @ randn(12, 12, seed=1), randn(300, 12, seed=2) @ randn(12, 12, seed=3) + 1
-    fid = accumulate(FID(Given(12)), real, fake)
-    found = fid.compute()
-    assert found.value == pytest.approx(frechet_distance(real, fake), rel=1e-9)
-    assert found.value == pytest.approx(fid.states.compute().item(), rel=4e-6)
-    assert found.n == 300 and found.kind == "estimate" and found.std_error is None
+def by_sums(real, fake):
+    "Torchmetrics' FID of features that are given."
+    given = nn.Identity()
+    given.num_features = real.shape[1]
+    fid = FrechetInceptionDistance(given, antialias=False)
+    fid.update(real, real=True)
+    fid.update(fake, real=False)
+    return fid.compute().item()
 
 
-def test_fid_of_fewer_images_than_features_agrees_with_torchmetrics():
-    real, fake = randn(30, 100), randn(40, 100, seed=1) * 2
-    fid = accumulate(FID(Given(100)), real, fake, 7)
-    assert fid.compute().value == pytest.approx(fid.states.compute().item(), rel=4e-6)
+def distance(real, fake):
+    return gaussian_distance(gaussian_fit(real), gaussian_fit(fake))
 
 
-def test_fid_of_known_gaussians():
+@pytest.mark.parametrize("n, m, dim", [(500, 300, 12), (30, 40, 100)])
+def test_the_distance_agrees_with_torchmetrics(n, m, dim):
+    "Also of fewer images than features; torchmetrics sums in float64 what was float32."
+    real, fake = randn(n, dim) @ randn(dim, dim, seed=1), randn(m, dim, seed=2) @ randn(dim, dim, seed=3) + 1
+    assert distance(real, fake) == pytest.approx(by_sums(real, fake), rel=4e-6)
+
+
+def test_the_distance_of_known_gaussians():
     """N(0, s^2) and N(d, t^2) along the axes: |d|^2 + |s - t|^2. The sets are whitened first, so that their moments are these
-    to the rounding of float32, and there is nothing to sample."""
+    to rounding, and there is nothing to sample."""
     s, t, d = torch.tensor([1.0, 2.0, 0.1]), torch.tensor([3.0, 1.0, 0.1]), torch.tensor([0.0, 1.0, -2.0])
     def white(seed):
         x = randn(400, 3, seed=seed).double()
         x = x - x.mean(0)
         return torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
-    fid = accumulate(FID(Given(3)), white(0) * s, white(1) * t + d)
-    assert fid.compute().value == pytest.approx((d.square().sum() + (s - t).square().sum()).item(), rel=1e-5)
+    exact = (d.square().sum() + (s - t).square().sum()).item()
+    assert distance(white(0) * s, white(1) * t + d) == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [2, 20, 500])
 def test_identical_sets_are_at_distance_zero(rows):
-    "Also singular ones, in other batches and another order; far from the origin, where sums cancel, to their rounding."
+    "Also singular ones, in another order, and far from the origin, where sums would cancel."
     x = randn(rows, 40)
-    assert accumulate(FID(Given(40)), x, x.flip(0), 7).compute().value < 1e-6
-    assert accumulate(FID(Given(40)), x + 100, x.flip(0) + 100, 7).compute().value < 1e-6
+    assert distance(x, x.flip(0)) < 1e-6
+    assert distance(x + 100, x.flip(0) + 100) < 1e-6
 
 
 @pytest.mark.parametrize("features, words", [(torch.full((4, 3), float("nan")), "12 features that are NaN"),
                                              (torch.full((4, 3), float("inf")), "NaN or infinite"),
                                              (torch.zeros(4, 2), r"\(4, 2\) of 4 images, expected \(4, 3\)")])
-def test_bad_features_do_not_enter_a_sum(features, words):
-    for metric in (FID(Given(3)), KID(Given(3))):
-        with pytest.raises(ValueError, match=words):
-            metric.update(features, real=True)
+def test_bad_features_join_no_others(features, words):
+    given = nn.Identity()
+    given.num_features = 3
+    with pytest.raises(ValueError, match=words):
+        Checked(given)(features)
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(ValueError, match="at least 2 images of each kind, got 1 real and 5 generated"):
-        accumulate(FID(Given(3)), randn(1, 3), randn(5, 3)).compute()
-    with pytest.raises(ValueError, match="got 0 real and 0 generated"):
-        FID(Given(3)).compute()
     with pytest.raises(ValueError, match="at least 20 images of each kind, got 19 real and 0 generated"):
-        accumulate(KID(Given(3)), randn(19, 3), randn(0, 3)).compute(0)
+        kernel_distance(randn(19, 3), randn(0, 3))
 
 
 # ---- the kernel distance --------------------------------------------------------------------------------------------
 
-def test_kid_is_the_mean_over_disjoint_subsets():
-    "With ten subsets of all rows, written out."
-    x, y = randn(200, 5), randn(230, 5, seed=1) + 0.5
-    kid = accumulate(KID(Given(5)), x, y)
-    real, fake = (rows.double() for rows in kid.features(3))
-    def k(a, b):
-        return (a @ b.T / 5 + 1) ** 3
-    def unbiased(a, b):
-        m = len(a)
-        within = sum((k(c, c).sum() - k(c, c).diag().sum()) / (m * (m - 1)) for c in (a, b))
-        return (within - 2 * k(a, b).mean()).item()
-    values = torch.tensor([unbiased(real[i:i + 20], fake[i:i + 20]) for i in range(0, 200, 20)])
-    found = kid.compute(3)
-    assert found.value == pytest.approx(values.mean().item(), rel=1e-5) and found.n == 200
-    assert found.std_error == pytest.approx(values.std().item() / 10**0.5, rel=1e-4)
-    assert sorted(real[:, 0].tolist()) == sorted(x[:, 0].double().tolist())
+def test_the_kernel_distance_is_the_mean_over_disjoint_subsets():
+    "With ten subsets of all rows, by torchmetrics' formula; the seed draws the subsets, and every row is in one."
+    x, y = randn(200, 5), randn(200, 5, seed=1) + 0.5
+    generator = torch.Generator().manual_seed(3)
+    real, fake = (rows[torch.randperm(200, generator=generator)].double() for rows in (x, y))
+    values = torch.stack([poly_mmd(real[i:i + 20], fake[i:i + 20]) for i in range(0, 200, 20)])
+    found = kernel_distance(x, y, 3)
+    assert found.value == pytest.approx(values.mean().item(), rel=1e-9) and found.n == 200
+    assert found.std_error == pytest.approx(values.std().item() / 10**0.5, rel=1e-9)
+    assert kernel_distance(x, y, 4).value != found.value
 
 
-def test_kid_is_unbiased_and_its_error_is_honest():
+def test_the_kernel_distance_is_unbiased_and_its_error_is_honest():
     """60 pairs of 200 draws of one law: the mean is within 5 standard errors of 0 (false alarm in two million); the spread
     (known to 9 %) over the root mean square error bar is within 50 % of 1, over five times that."""
     generator = torch.Generator().manual_seed(0)
-    scores = [accumulate(KID(Given(4)), *torch.randn(2, 200, 4, generator=generator)).compute(0) for _ in range(60)]
+    scores = [kernel_distance(*torch.randn(2, 200, 4, generator=generator)) for _ in range(60)]
     values, errors = (torch.tensor([getattr(s, name) for s in scores]) for name in ("value", "std_error"))
     assert abs(values.mean()) < 5 * values.std() / 60**0.5
     assert 0.5 < values.std() / errors.square().mean().sqrt() < 1.5
 
 
-def test_kid_draws_nothing_from_the_global_random_numbers():
+def test_the_kernel_distance_draws_nothing_from_the_global_random_numbers():
     before = torch.random.get_rng_state()
-    accumulate(KID(Given(3)), randn(50, 3), randn(50, 3, seed=1)).compute(0)
+    kernel_distance(randn(50, 3), randn(50, 3, seed=1))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -288,8 +281,8 @@ def test_the_share_of_the_excess_is_known_where_the_distances_are():
         generated = rows.clone()
         generated[:, 0] += shift
         left = left_out(rows.double(), generated.double())
-        return ImageScores(Measured(frechet_distance(rows, generated), jackknife_error(left), "estimate", 400), None, 400, 400, 0, 0, "given",
-                           "one", False, left)
+        found = Measured(frechet_distance(rows, generated), jackknife_error(left), "estimate", 400, "raw feature distance")
+        return ImageScores(found, None, 400, 400, 0, 0, "given", "one", left)
     found = excess_left(scored(3.0), scored(2.0), scored(1.0))
     assert found.value == pytest.approx(3 / 8, abs=1e-5) and found.std_error < 1e-3 and found.n == 400
     assert excess_left(scored(3.0), scored(1.0), scored(1.0)).value == pytest.approx(0, abs=1e-6)

@@ -28,7 +28,7 @@ def test_tensors_and_arrays_of_one_number_are_numbers():
 
 @pytest.mark.parametrize("wrong, word", [
     (dict(value=float("nan")), "value must be finite"), (dict(value=None), "value must be one number"),
-    (dict(value=torch.zeros(2)), "value must be one number"), (dict(value=1, std_error=float("inf")), "std_error must be finite"),
+    (dict(value=torch.zeros(2)), "value must be one number"), (dict(value=1, std_error=float("nan")), "std_error must be finite"),
     (dict(value=1, std_error=-0.1), "std_error must not be negative, got -0.1"), (dict(value=1, paper="27%"), "paper must be"),
     (dict(value=1, kind="bound"), "kind is one of exact, lower bound, upper bound, estimate; got 'bound'"),
     (dict(value=1, n=0), "at least 1, got 0"), (dict(value=1, n=2.5), "got 2.5"), (dict(value=1, n=True), "got True")])
@@ -38,10 +38,17 @@ def test_what_is_no_result_is_refused(wrong, word):
 
 
 def test_it_says_what_it_is():
-    assert str(Measured(-86.21, 0.07, "lower bound", 10_000)) == "-86.21 +- 0.07 nats (lower bound, n = 10,000)"
+    assert str(Measured(-86.21, 0.07, "lower bound", 10_000)) == "-86.210 +- 0.070 nats (lower bound, n = 10,000)"
+    assert str(Measured(1234.5, float("inf"))) == "1,234 nats (estimate)"            # an error without limit: no digits
     assert str(Measured(0.25, kind="exact", unit="fraction")) == "0.25 fraction (exact)"
 
 
 def test_a_record_is_read_without_torch():
     code = "import sys, ncp_vae.measured; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_negative_of_a_lower_bound_is_an_upper_bound():
+    nll = -Measured(-86.0, 0.1, "lower bound", 10)
+    assert nll == Measured(86.0, 0.1, "upper bound", 10) and -nll == Measured(-86.0, 0.1, "lower bound", 10)
+    assert (-Measured(1.0)).kind == "estimate"

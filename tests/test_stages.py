@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from ncp_vae import stages
 from ncp_vae.chains import MALA
 from ncp_vae.engine import train
-from ncp_vae.engine.evaluate import group_logits
+from ncp_vae.engine.groups import group_logits
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.nce import RatioEstimator, StagedRatio, log_mean_ratio
 from ncp_vae.prior import NoiseContrastivePrior

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import check_images
-from .evaluate import nearest
+from .neighbours import nearest
 from .train import fit
 from ..measured import Measured, mean_of
 
@@ -30,16 +30,13 @@ def check_features(a: Tensor, b: Tensor) -> None:
                              f"{int((~torch.isfinite(x)).sum())} NaN or infinite values of {x.numel()}")
 
 def gaussian_fit(x: Tensor) -> tuple[Tensor, Tensor]:
-    "Features [N, D] -> their mean [D] and R [D, D] with R^T R = their covariance, float64; ValueError where N <= D."
-    n, dim = x.shape
-    if n <= dim:
-        raise ValueError(f"a Gaussian of {dim} features needs at least {dim + 1} rows, got {n}")
+    "Features [N, D], N >= 2 -> their mean [D] and R [min(N, D), D] with R^T R = their covariance, float64."
     mean = x.double().mean(dim=0)
-    return mean, torch.linalg.qr(x.double() - mean, mode="r").R / (n - 1) ** 0.5
+    return mean, torch.linalg.qr(x.double() - mean, mode="r").R / (len(x) - 1) ** 0.5
 
 # %% ../../nbs/engine/features.ipynb #c8275924
 def gaussian_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """The squared Fréchet distance of two Gaussians, each a mean [D] and an R [D, D] with R^T R = its covariance.
+    """The squared Fréchet distance of two Gaussians, each a mean [D] and an R [n, D] with R^T R = its covariance.
 
     Never negative: rounding below zero is cut off."""
     (mean_a, root_a), (mean_b, root_b) = a, b
@@ -52,6 +49,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     0 for equal sets, up to rounding; never negative. Raises ValueError on NaN, on shapes that do not fit, on N or M <= D."""
     check_features(a, b)
+    if min(len(a), len(b)) <= a.shape[1]:
+        raise ValueError(f"a Gaussian of {a.shape[1]} features needs at least {a.shape[1] + 1} rows, got "
+                         f"{min(len(a), len(b))}")
     return gaussian_distance(gaussian_fit(a), gaussian_fit(b))
 
 # %% ../../nbs/engine/features.ipynb #4a0bb56f

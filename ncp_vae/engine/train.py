@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..bound import elbo
 from . import checkpoint as checkpoints
 from .data import Rows
-from .evaluate import group_logits, group_reports
+from .groups import group_logits, group_reports
 from ..models.nvae import kl_balance
 from ..models.ratios import MLPRatio
 from ..models.speed import speed_up
