@@ -10,7 +10,7 @@ from math import exp, inf, log, nan, pi, sin, sqrt
 
 import pytest
 import torch
-from exact import (TARGET, AddedNoise, Function, P, R, Z, chi_square_p, errors, log_r, normal, outcomes, pools, rng, sir_law,
+from exact import (TARGET, AddedNoise, Function, R, Z, chi_square_p, errors, log_r, normal, outcomes, pools, rng, sir_law,
                    tilt)
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 

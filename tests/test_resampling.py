@@ -5,7 +5,7 @@ a check at 5 standard errors fails by chance once in 1.7 million times and a p-v
 there are fewer than 30 of both kinds here: a family-wise false-alarm rate below 1e-4. Each has a broken twin, a sampler
 or a law with one deliberate mistake, which the same check must reject."""
 import weakref
-from math import exp, inf, isnan, log, nan, sqrt
+from math import inf, isnan, log, nan, sqrt
 
 import pytest
 import torch
