@@ -12,6 +12,7 @@ from dataclasses import astuple, is_dataclass
 import pytest
 import torch
 from elsewhere import THERE, elsewhere, waits
+from exact import rng
 from torch.utils._pytree import tree_leaves
 
 from ncp_vae import chains, hierarchy, holes, nce, prior, resampling, sampling
@@ -34,10 +35,6 @@ from ncp_vae.walk import Trace, WithPriors, diagonal_normal, from_posterior, rep
 
 SMALL = NVAEConfig((1, 8, 8), (1, 1), channels=2, blocks=0, cells_per_block=1, latent_channels=2, cells_per_group=1)
 SIDES = {"flat": 4, "two groups": 4, "NVAE": 8, "mixture": 4}           # the models, and the pixels a side of their images
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def vae_named(name):
@@ -65,7 +62,7 @@ def ncp_named(name):
 
 
 def images_for(name, n=6):
-    return torch.rand(n, 1, SIDES[name], SIDES[name], generator=generator(1)).bernoulli(generator=generator(2))
+    return torch.rand(n, 1, SIDES[name], SIDES[name], generator=rng(1)).bernoulli(generator=rng(2))
 
 
 def numbers(found):
@@ -83,7 +80,7 @@ def numbers(found):
 # ---- the same numbers on either device ------------------------------------------------------------------------------
 
 def posterior_and_replay(ncp, x):
-    trace = ncp.vae.walk(from_posterior(generator()), evidence=ncp.vae.encode(x))
+    trace = ncp.vae.walk(from_posterior(rng()), evidence=ncp.vae.encode(x))
     return trace, ncp.vae.walk(replay(trace.latents), n=len(x)).log_prior(), ncp.log_prob(trace.latents)
 
 
@@ -99,13 +96,13 @@ def nce_step(*stage):
 
 
 def sampled(sampler):
-    return lambda ncp, x: ncp.sample(2, sampler, generator=generator())
+    return lambda ncp, x: ncp.sample(2, sampler, generator=rng())
 
 
 def partition(method=None):
     "log Z, and where it is kept; the images of a method are on the device."
     def estimate(ncp, x):
-        found = ncp.log_partition(20, generator(), method and method(x))
+        found = ncp.log_partition(20, rng(), method and method(x))
         return found.value, ncp.log_z, ncp.log_z_std_error
     return estimate
 
@@ -119,11 +116,11 @@ def compared(ncp, x, **more):
 SAMPLERS = [SIR(5), SIR(70, chunk=64), Langevin(1, 0.01), MALA(1, 0.01), HMC(1, 0.01, leapfrog=2), HMC(1, leapfrog=1), ISIR(1, 3),
             ISIR(1, 3, 0.01), SMC(3), JointLangevin(1, 0.01), JointMALA(1, 0.01)]
 CALLS = {
-    "a walk of the prior": lambda ncp, x: ncp.vae.sample(2, generator=generator()),
+    "a walk of the prior": lambda ncp, x: ncp.vae.sample(2, generator=rng()),
     "a walk of the posterior, and its replay": posterior_and_replay,
-    "elbo": lambda ncp, x: tuple(elbo(ncp.vae, x, generator())),
-    "iwae under log Z": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.normalised_log_ratio, generator()),
-    "iwae under SIR's density": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.sir_log_ratio(3, generator()), generator()),
+    "elbo": lambda ncp, x: tuple(elbo(ncp.vae, x, rng())),
+    "iwae under log Z": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.normalised_log_ratio, rng()),
+    "iwae under SIR's density": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.sir_log_ratio(3, rng()), rng()),
     "a step of NCE": nce_step(),
     "a step of a later stage, SIR": nce_step(SIR(3)),
     "a step of a later stage, MALA": nce_step(MALA(1, 0.01)),
@@ -133,8 +130,8 @@ CALLS = {
     "both likelihoods": lambda ncp, x: compared(ncp, x),
     "reports of the groups": lambda ncp, x: group_reports(ncp, x, 0),
     "ESS of SIR": lambda ncp, x: sir_ess(ncp, 3, 5, 0),
-    "budgets": lambda ncp, x: [float(M) for images in (None, x) for M in proposal_budget(ncp, 8, 2.0, generator(), images)],
-    "the gap between the laws": lambda ncp, x: law_gap(ncp, 4, 3, generator()).value,
+    "budgets": lambda ncp, x: [float(M) for images in (None, x) for M in proposal_budget(ncp, 8, 2.0, rng(), images)],
+    "the gap between the laws": lambda ncp, x: law_gap(ncp, 4, 3, rng()).value,
 }
 NORMAL_PRIORS_ONLY = ("JointLangevin", "JointMALA", "log Z by AIS")
 PAIRS = [(name, call) for name in SIDES for call in CALLS if not (name == "mixture" and call.startswith(NORMAL_PRIORS_ONLY))]
@@ -199,7 +196,7 @@ def test_trainings_take_images_from_the_cpu_and_a_mixture_is_fitted():
 
 def hole(measure):
     def call(vae, x):
-        q, z = holes.AggregatePosterior(vae, x), torch.randn(9, 2, generator=generator(5)).to(x.device)
+        q, z = holes.AggregatePosterior(vae, x), torch.randn(9, 2, generator=rng(5)).to(x.device)
         return measure(q, z)
     return call
 
@@ -207,7 +204,7 @@ def hole(measure):
 def of_draws(measure):
     "Of two sets of 60 rows on the device."
     def call(_, x):
-        a, b = torch.randn(2, 60, 2, generator=generator(6)).to(x.device)
+        a, b = torch.randn(2, 60, 2, generator=rng(6)).to(x.device)
         return measure(a, b)
     return call
 
@@ -217,11 +214,12 @@ MEASURES = {
     "log of a mean": of_draws(lambda a, b: estimate_log_mean(a[:, 0])), "bridge": of_draws(lambda a, b: bridge(a[:, 0], b[:, 0])),
     "diagnose": of_draws(lambda a, b: nce.diagnose(a, b)), "log of a mean ratio": of_draws(lambda a, b: nce.log_mean_ratio(a)),
     "density of the aggregate": hole(lambda q, z: q.log_prob(z)), "score": hole(lambda q, z: q.score(z)),
-    "draws of the aggregate": hole(lambda q, z: q.sample(9, generator())),
-    "scored draws": hole(lambda q, z: holes.scored_prior_draws(q, 9, generator())),
-    "hole mass": of_draws(lambda a, b: holes.hole_mass(a[:, 0], 1.0)), "MMD": of_draws(holes.mmd2), "MMD in blocks": of_draws(block_mmd2),
-    "p-value of MMD": of_draws(lambda a, b: holes.mmd_p_value(a, b, 9, generator=generator())),
-    "a classifier": of_draws(lambda a, b: holes.c2st(a, b, generator())),
+    "draws of the aggregate": hole(lambda q, z: q.sample(9, rng())),
+    "scored draws": hole(lambda q, z: holes.scored_prior_draws(q, 9, rng())),
+    "hole mass": of_draws(lambda a, b: holes.hole_mass(a[:, 0], 1.0)), "MMD": of_draws(holes.mmd2), "kernel": of_draws(lambda a, b: holes.rbf(a, b, [1.0])),
+    "MMD in blocks": of_draws(block_mmd2),
+    "p-value of MMD": of_draws(lambda a, b: holes.mmd_p_value(a, b, 9, generator=rng())),
+    "a classifier": of_draws(lambda a, b: holes.c2st(a, b, rng())),
     "neighbours": of_draws(lambda a, b: nearest(a, b, 2)), "precision": of_draws(precision_recall),
 }
 
@@ -250,7 +248,7 @@ def test_what_a_gpu_refuses_is_refused():
             with pytest.raises(RuntimeError, match="two devices"):
                 mixed()
         with pytest.raises(RuntimeError, match="a generator of the CPU"):
-            torch.rand(3, device=THERE, generator=generator())
+            torch.rand(3, device=THERE, generator=rng())
         with pytest.raises(TypeError, match="array"):
             there.numpy()
 
@@ -294,8 +292,8 @@ def planted(monkeypatch, module, name, text, instead=""):
     (resampling, "pareto_k_hat", ".cpu()", "", of_draws(lambda a, b: resampling.pareto_k_hat(a[:, 0]))),
     (resampling, "propose", "device=z[-1].device", "", sampled(SIR(5))),
     (nce, "logit_rows", ".cpu()", "", MEASURES["diagnose"]),
-    (holes, "c2st", "device=x.device", "", of_draws(lambda a, b: holes.c2st(a, b, generator()))),
-    (holes, "mmd_p_value", ".to(kernel)", ".double()", of_draws(lambda a, b: holes.mmd_p_value(a, b, 9, generator=generator()))),
+    (holes, "c2st", "device=x.device", "", of_draws(lambda a, b: holes.c2st(a, b, rng()))),
+    (holes, "mmd_p_value", ".to(kernel)", ".double()", of_draws(lambda a, b: holes.mmd_p_value(a, b, 9, generator=rng()))),
     (hierarchy, "systematic", ".to(edges)", ".double()", sampled(SMC(2))),
     (hierarchy, "run_population", "device=log_w.device", "", sampled(SMC(2))),
     (chains, "evaluate", "z.detach()", "z.detach().cpu()", sampled(Langevin(2, 0.01))),
@@ -335,15 +333,15 @@ def waits_of_a_step(run, few=2, many=4):
 
 
 def drawing(sampler_of):
-    return lambda ncp, x: lambda steps: ncp.sample(2, sampler_of(steps), generator=generator())
+    return lambda ncp, x: lambda steps: ncp.sample(2, sampler_of(steps), generator=rng())
 
 
 def annealing(method_of):
-    return lambda ncp, x: lambda steps: method_of(x, steps).log_weights(ncp, 4, generator())
+    return lambda ncp, x: lambda steps: method_of(x, steps).log_weights(ncp, 4, rng())
 
 
 def bounding(log_ratio_of):
-    return lambda ncp, x: lambda samples: iwae(ncp.vae, x, samples, log_ratio_of(ncp), generator())
+    return lambda ncp, x: lambda samples: iwae(ncp.vae, x, samples, log_ratio_of(ncp), rng())
 
 
 RACE = {"resampling.propose": 1, "resampling.check_log_weights": 2}      # deviations not negative; no NaN, no +inf
@@ -378,7 +376,7 @@ def test_the_warm_up_of_hmc_waits_once_a_path(monkeypatch):
     with elsewhere():
         def warmed(paths):
             monkeypatch.setattr(chains, "WARM_UP", paths)
-            ncp.to(THERE).sample(2, HMC(1, leapfrog=2), generator=generator())
+            ncp.to(THERE).sample(2, HMC(1, leapfrog=2), generator=rng())
         assert waits_of_a_step(warmed) == {"chains.dual_averaging": 1}
 
 
@@ -392,7 +390,7 @@ def test_a_group_waits_where_it_is_listed():
         with elsewhere():
             ncp.to(THERE)
             waits.clear()
-            ncp.sample(2, sampler, generator=generator())
+            ncp.sample(2, sampler, generator=rng())
             assert waits == listed
 
 
