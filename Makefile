@@ -13,11 +13,12 @@ DEMO   := $(BIN)/ncp-vae run digits --preset cpu
 # made a step ten times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test docs lab export readme notebook clean
+.PHONY: help demo test quick docs lab export readme notebook clean
 
 help:
 	@echo 'make demo                      train a small VAE and its noise contrastive prior, compare their samples'
 	@echo 'make test [ARGS="-k walk"]     all tests; they run every notebook'
+	@echo 'make quick [ARGS="-k walk"]    the tests that need less than a second each, in a minute and a half'
 	@echo 'make docs                      the site, in _docs/'
 	@echo 'make lab                       JupyterLab in nbs/'
 	@echo 'make export                    nbs/ -> ncp_vae/, and clean the notebooks'
@@ -30,6 +31,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 $(ARGS)
+
+quick: $(READY)
+	$(BIN)/python -m pytest tests -m 'not slow' --numprocesses auto --maxprocesses 4 $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python docs/build.py

@@ -6,62 +6,28 @@ there are fewer than 100 of both kinds here: a family-wise false-alarm rate of a
 or a law with one deliberate mistake, which the same check must reject. The step that HMC tunes has a test of its own
 kind, with a tolerance that was asked for and not derived; it says so."""
 from functools import partial
-from itertools import product
 from math import exp, inf, log, nan, pi, sin, sqrt
-from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import (TARGET, AddedNoise, Function, R, Z, chi_square_p, errors, log_r, normal, outcomes, pools, rng, sir_law,
+                   tilt)
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from ncp_vae import chains
 from ncp_vae.chains import (HMC, ISIR, _JITTER, MALA, _WARM_UP, Chain, Langevin, _compete, evaluate, _first_step, _kinetic,
                             _leapfrog, metropolis)
+from ncp_vae.models.ratios import MLPRatio
+from ncp_vae.prior import NoiseContrastivePrior
 from ncp_vae.resampling import SIR
-from ncp_vae.walk import FlatVAE, diagonal_normal, seeded
+from ncp_vae.walk import diagonal_normal, seeded
 
-P, R = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.4, 2.0, 6.0], dtype=torch.float64)
-TARGET = R * P / (R * P).sum()
 SAMPLERS = [Langevin(3, 0.1), MALA(3, 0.1), HMC(3, 0.3), HMC(2), ISIR(3, 5), ISIR(3, 5, 0.1)]
 CHAINS = SAMPLERS[:4]
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(rows, *event, dtype=torch.float32):
-    loc = torch.zeros(rows, *event, dtype=dtype)
-    return diagonal_normal(loc, torch.ones_like(loc))
-
-
-def outcomes(rows):
-    return Categorical(P.float().expand(rows, 3))
-
-
-def log_r(z):
-    return R.float().log()[z]
-
-
-def tilt(z):
-    "With base N(0, 1) in each coordinate the target is N(1/2, 1/2)."
-    return (z - z.square() / 2).sum(-1)
-
-
 def wavy(z):
     return torch.sin(3 * z[..., 0]) + 0.1 * z[..., 0] * z[..., 1] ** 3 - 0.2 * z.square().sum(-1)
-
-
-def chi_square_p(picks, law):
-    expected = len(picks) * law
-    statistic = ((picks.bincount(minlength=len(law)) - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(law) - 1) / 2).double(), statistic / 2).item()
-
-
-def errors(z, mean, variance):
-    "The larger of: by how many standard errors do the mean and the variance of Gaussian rows miss theirs?"
-    n = len(z)
-    return max(abs(z.mean() - mean) / sqrt(variance / n), abs(z.var() - variance) / (variance * sqrt(2 / n))).item()
 
 
 # what all of them do
@@ -72,7 +38,7 @@ def errors(z, mean, variance):
 def test_events_of_any_shape(sampler, event):
     def log_ratio(z):
         return z if not event else z.flatten(-len(event)).sum(-1)
-    assert sampler.draw(log_ratio, normal(4, *event), generator()).shape == (4, *event)
+    assert sampler.draw(log_ratio, normal(4, *event), rng()).shape == (4, *event)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -95,42 +61,27 @@ def test_settings_are_checked_and_named(make, value):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_randomness_comes_from_the_generator_alone(sampler):
     torch.manual_seed(1)
-    before, g = torch.get_rng_state(), generator(7)
+    before, g = torch.get_rng_state(), rng(7)
     first, second = sampler.draw(tilt, normal(4, 2), g), sampler.draw(tilt, normal(4, 2), g)
     assert torch.equal(before, torch.get_rng_state())                               # the global state is untouched
-    assert torch.equal(first, sampler.draw(tilt, normal(4, 2), generator(7))) and not torch.equal(first, second)
+    assert torch.equal(first, sampler.draw(tilt, normal(4, 2), rng(7))) and not torch.equal(first, second)
     unseeded = sampler.draw(tilt, normal(4, 2))
     torch.manual_seed(1)
     assert torch.equal(unseeded, sampler.draw(tilt, normal(4, 2)))
     assert first.shape == (4, 2) and first.dtype == torch.float32 and not first.requires_grad
 
 
-class Flat(FlatVAE):
-    def likelihood(self, z):
-        return diagonal_normal(z, torch.ones_like(z))
-
-
-class Network(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-
-    def condition(self, context):
-        return lambda z: self.net(z).squeeze(-1)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sample_works_on_a_network_and_leaves_it_alone(sampler):
-    network = Network()
-    trace = sampler.sample(SimpleNamespace(vae=Flat(2), ratios=[network]), 4, generator=generator())
+    network = MLPRatio(2, hidden=(8,))
+    trace = sampler.sample(NoiseContrastivePrior(AddedNoise(2), [network]), 4, generator=rng())
     assert trace.latents[0].shape == (4, 2) and not trace.latents[0].requires_grad
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_sample_scales_the_base_prior():
-    flat = SimpleNamespace(vae=Flat(1), ratios=[SimpleNamespace(condition=lambda c: lambda z: 0 * z[..., 0])])
-    z = MALA(10, 0.1).sample(flat, 5000, temperature=0.5, generator=generator()).latents[0]
+    flat = NoiseContrastivePrior(AddedNoise(1), [Function(lambda z: 0 * z[..., 0])])
+    z = MALA(10, 0.1).sample(flat, 5000, temperature=0.5, generator=rng()).latents[0]
     assert errors(z, 0.0, 0.25) < 5 < errors(z, 0.0, 1.0)                             # broken: no temperature
 
 
@@ -151,7 +102,7 @@ def at(rows=1):
 
 
 def point(seed, rows=1):
-    return torch.randn(rows, 2, dtype=torch.float64, generator=generator(seed))
+    return torch.randn(rows, 2, dtype=torch.float64, generator=rng(seed))
 
 
 def test_the_gradient_is_that_of_both_parts():
@@ -207,9 +158,9 @@ def test_the_energy_error_is_of_second_order():
 
 def test_metropolis_with_one_step_is_mala():
     lam, start = 0.7, at(400)(point(5, rows=400))
-    with seeded(generator(6)):
+    with seeded(rng(6)):
         state, alpha = metropolis(at(400), start, sqrt(lam), 1)
-    with seeded(generator(6)):
+    with seeded(rng(6)):
         noise = torch.randn_like(start.z)
         uniform = torch.rand_like(start.log_target)
     there = at(400)(start.z + lam / 2 * start.gradient + sqrt(lam) * noise)
@@ -226,8 +177,8 @@ def test_metropolis_with_one_step_is_mala():
 
 def test_langevin_is_the_papers_rule():
     lam, base = 0.3, normal(4, 2, dtype=torch.float64)
-    ours = Langevin(3, lam).draw(wavy, base, generator(8))
-    with seeded(generator(8)):
+    ours = Langevin(3, lam).draw(wavy, base, rng(8))
+    with seeded(rng(8)):
         z = base.sample()
         for _ in range(3):
             z = z.requires_grad_()
@@ -247,7 +198,7 @@ def test_the_cost_is_as_documented(sampler, evaluations, monkeypatch):
         searches.append(len(calls) - before)
         return step
     monkeypatch.setattr(chains, "_first_step", counted)
-    sampler.draw(lambda z: calls.append(len(z)) or tilt(z), normal(3, 1), generator())
+    sampler.draw(lambda z: calls.append(len(z)) or tilt(z), normal(3, 1), rng())
     assert calls == [3] * (evaluations + sum(searches))
     assert len(searches) == (sampler.step_size is None) and all(2 <= search < 10 for search in searches)
 
@@ -256,7 +207,7 @@ def test_the_cost_is_as_documented(sampler, evaluations, monkeypatch):
 def test_the_cost_of_isir_is_as_documented(step_size):
     plain, with_gradient = [], []
     ISIR(7, 5, step_size).draw(lambda z: (with_gradient if z.requires_grad else plain).append(z.shape[:-1].numel()) or tilt(z),
-                               normal(3, 1), generator())
+                               normal(3, 1), rng())
     assert sum(plain) == 3 * 5 * (7 + 1) and with_gradient == [3] * (0 if step_size is None else 14)
 
 
@@ -264,7 +215,7 @@ def test_the_step_is_frozen_after_the_warm_up(monkeypatch):
     steps, transition = [], HMC.transition
     monkeypatch.setattr(HMC, "transition", lambda self, target, state, step: (
         steps.append(step), transition(self, target, state, step))[1])
-    run = HMC(30).evolve(tilt, normal(20, 2), generator())
+    run = HMC(30).evolve(tilt, normal(20, 2), rng())
     assert len(steps) == _WARM_UP + 30 and len(set(steps[:_WARM_UP])) > _WARM_UP / 2
     assert set(steps[_WARM_UP:]) == {run.step_size}
 
@@ -289,13 +240,13 @@ def test_the_first_step_crosses_one_half(scale):
 @pytest.mark.parametrize("scale", [0.003, 1.0, 50.0])
 def test_the_tuned_step_follows_the_scale(scale):
     base = diagonal_normal(torch.zeros(50, 10), torch.full((50, 10), scale))
-    run = HMC(20).evolve(lambda z: tilt(z / scale), base, generator())
+    run = HMC(20).evolve(lambda z: tilt(z / scale), base, rng())
     assert 0.6 < run.acceptance.mean() < 0.97 and 0.2 < run.step_size / scale < 1.5
     assert run.acceptance.shape == (50,) and 0 <= run.acceptance.min() and run.acceptance.max() <= 1 + 1e-6
 
 
 def test_acceptance_goes_to_one_with_the_step():
-    rates = [MALA(10, lam).evolve(tilt, normal(200, 5), generator()).acceptance.mean().item() for lam in (1.0, 0.1, 1e-4)]
+    rates = [MALA(10, lam).evolve(tilt, normal(200, 5), rng()).acceptance.mean().item() for lam in (1.0, 0.1, 1e-4)]
     assert rates[0] < rates[1] < rates[2] and rates[2] > 0.999
     assert Langevin(5, 0.1).evolve(tilt, normal(3, 1)).acceptance.eq(1).all()
 
@@ -304,7 +255,7 @@ def test_acceptance_goes_to_one_with_the_step():
 @pytest.mark.parametrize("sampler", [MALA(40, 0.5), HMC(40, 0.4)])
 def test_a_proposal_without_a_finite_target_is_rejected(sampler, bad):
     narrow = diagonal_normal(torch.zeros(100, 1), torch.full((100, 1), 0.2))
-    z = sampler.draw(lambda z: torch.where(z[..., 0] > 1, bad, 5 * z[..., 0]), narrow, generator())
+    z = sampler.draw(lambda z: torch.where(z[..., 0] > 1, bad, 5 * z[..., 0]), narrow, rng())
     assert (z <= 1).all() and z.std() > 0.1
 
 
@@ -326,7 +277,7 @@ class BrokenGradient(torch.autograd.Function):
 def test_a_path_through_a_broken_gradient_is_rejected(sampler, validate):
     "Inside such a path z itself becomes NaN; a prior that validates its arguments must not stumble over it."
     narrow = Independent(Normal(torch.zeros(100, 1), 0.2, validate_args=validate), 1, validate_args=validate)
-    z = sampler.draw(lambda z: BrokenGradient.apply(z[..., 0]), narrow, generator())
+    z = sampler.draw(lambda z: BrokenGradient.apply(z[..., 0]), narrow, rng())
     assert (z <= 1).all() and len(z.unique()) == 100
 
 
@@ -334,21 +285,21 @@ def test_a_path_through_a_broken_gradient_is_rejected(sampler, validate):
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_a_start_without_a_finite_target_is_an_error(sampler, bad):
     with pytest.raises(ValueError, match=r"in \d+ of 50 rows at the start"):
-        sampler.draw(lambda z: torch.where(z[..., 0] > 0, bad, 0.0), normal(50, 1), generator())
+        sampler.draw(lambda z: torch.where(z[..., 0] > 0, bad, 0.0), normal(50, 1), rng())
 
 
 @pytest.mark.parametrize("sampler", CHAINS)
 def test_a_start_with_a_broken_gradient_is_an_error(sampler):
     with pytest.raises(ValueError, match=r"in \d+ of 50 rows at the start"):
-        sampler.draw(lambda z: BrokenGradient.apply(z[..., 0]), normal(50, 1), generator())
+        sampler.draw(lambda z: BrokenGradient.apply(z[..., 0]), normal(50, 1), rng())
 
 
 def test_langevin_says_where_it_left_the_numbers():
     with pytest.raises(ValueError, match="step_size 9.0"):
-        Langevin(500, 9.0).draw(tilt, normal(3, 1), generator())                      # unstable beyond 4 / precision
+        Langevin(500, 9.0).draw(tilt, normal(3, 1), rng())                      # unstable beyond 4 / precision
     with pytest.raises(ValueError, match="on the way"):
         Langevin(50, 0.5).draw(lambda z: torch.where(z[..., 0] > 1, nan, z[..., 0]),
-                               diagonal_normal(torch.zeros(9, 1), torch.full((9, 1), 0.2)), generator())
+                               diagonal_normal(torch.zeros(9, 1), torch.full((9, 1), 0.2)), rng())
 
 
 @pytest.mark.parametrize("sampler", CHAINS + SAMPLERS[5:])
@@ -367,7 +318,7 @@ def langevin_law(steps, lam, precision=2.0):
 
 @pytest.mark.parametrize("steps, lam", [(1, 0.3), (2, 0.3), (5, 0.3), (30, 1.0)])
 def test_langevin_has_its_law_after_each_number_of_steps(steps, lam):
-    z = Langevin(steps, lam).draw(tilt, normal(10_000, 1), generator(steps))
+    z = Langevin(steps, lam).draw(tilt, normal(10_000, 1), rng(steps))
     assert errors(z, *langevin_law(steps, lam)) < 5
     if steps < 3:
         assert errors(z, *langevin_law(steps + 1, lam)) > 5                            # broken: off by one
@@ -376,23 +327,23 @@ def test_langevin_has_its_law_after_each_number_of_steps(steps, lam):
 
 def test_the_stationary_variance_of_langevin_on_a_standard_normal():
     for lam, variance in ((0.5, 1.143), (1.0, 1.333)):
-        z = Langevin(30, lam).draw(lambda z: 0 * z[..., 0], normal(20_000, 1), generator())
+        z = Langevin(30, lam).draw(lambda z: 0 * z[..., 0], normal(20_000, 1), rng())
         assert abs(variance - 1 / (1 - lam / 4)) < 1e-3 and errors(z, 0.0, 1 / (1 - lam / 4)) < 5 < errors(z, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("sampler", [MALA(40, 0.9), HMC(20, 0.6), HMC(10), HMC(15, 0.9, leapfrog=2)])
 def test_corrected_chains_have_the_target(sampler, monkeypatch):
-    z = sampler.draw(tilt, normal(4000, 1), generator())
+    z = sampler.draw(tilt, normal(4000, 1), rng())
     assert errors(z, 0.5, 0.5) < 5
     monkeypatch.setattr(chains, "metropolis", lambda target, state, step, steps: (
         _leapfrog(target, state, torch.randn_like(state.z), 1.3 * step, steps)[0], torch.full((len(state.z),), 0.8)))
     fixed = type(sampler)(sampler.steps, sampler.step_size or 0.9)
-    assert errors(fixed.draw(tilt, normal(4000, 1), generator()), 0.5, 0.5) > 5     # broken: no correction
+    assert errors(fixed.draw(tilt, normal(4000, 1), rng()), 0.5, 0.5) > 5     # broken: no correction
 
 
 def test_mala_without_its_correction_is_seen():
-    assert errors(MALA(40, 0.9).draw(tilt, normal(10_000, 1), generator()), 0.5, 0.5) < 5
-    assert errors(Langevin(40, 0.9).draw(tilt, normal(10_000, 1), generator()), 0.5, 0.5) > 5
+    assert errors(MALA(40, 0.9).draw(tilt, normal(10_000, 1), rng()), 0.5, 0.5) < 5
+    assert errors(Langevin(40, 0.9).draw(tilt, normal(10_000, 1), rng()), 0.5, 0.5) > 5
 
 
 @pytest.mark.parametrize("sampler", [MALA(150, 0.15), HMC(30), ISIR(20, 4), ISIR(10, 4, 0.15)])
@@ -407,7 +358,7 @@ def test_a_target_that_is_no_gaussian(sampler):
         x = x[:, 0].double().sort().values
         values, i = cdf[torch.searchsorted(grid, x)], torch.arange(len(x) + 1) / len(x)
         return torch.maximum(values - i[:-1], i[1:] - values).max().item() * sqrt(len(x))
-    z = sampler.draw(log_ratio, normal(4000, 1), generator())
+    z = sampler.draw(log_ratio, normal(4000, 1), rng())
     assert ks(z, log_ratio(grid[:, None]) - grid**2 / 2) < 2.7
     assert ks(z, log_ratio(grid[:, None])) > 2.7                                      # broken: the prior forgotten
     assert ks(z, 0.5 * (log_ratio(grid[:, None]) - grid**2 / 2)) > 2.7                # broken: too warm
@@ -418,7 +369,7 @@ def test_a_correlated_gaussian(sampler):
     "Base N(0, I), log r = a z - z B z / 2: precision I + B, mean its inverse times a."
     a, B = torch.tensor([1.0, -0.5]), torch.tensor([[2.0, 1.5], [1.5, 2.0]])
     cov = (torch.eye(2) + B).inverse()
-    z = sampler.draw(lambda z: z @ a - ((z @ B) * z).sum(-1) / 2, normal(5000, 2), generator())
+    z = sampler.draw(lambda z: z @ a - ((z @ B) * z).sum(-1) / 2, normal(5000, 2), rng())
     along = torch.linalg.eigh(cov).eigenvectors
     for direction in along.T:
         x = z @ direction
@@ -429,9 +380,9 @@ def test_a_correlated_gaussian(sampler):
 def test_a_periodic_path_still_mixes(monkeypatch):
     "Five steps of 2 sin(pi / 5) are a full turn on the standard normal; scaled to the tilt's width."
     periodic = HMC(30, step_size=2 * sin(pi / 5) * sqrt(0.5))
-    assert errors(periodic.draw(tilt, normal(5000, 1), generator()), 0.5, 0.5) < 5
+    assert errors(periodic.draw(tilt, normal(5000, 1), rng()), 0.5, 0.5) < 5
     monkeypatch.setattr(chains, "_JITTER", 0.0)
-    stuck = periodic.draw(tilt, normal(5000, 1), generator())
+    stuck = periodic.draw(tilt, normal(5000, 1), rng())
     assert errors(stuck, 0.5, 0.5) > 5 > errors(stuck, 0.0, 1.0) and _JITTER > 0       # broken: still the prior
 
 
@@ -451,7 +402,7 @@ class TunedAsBefore(HMC):
 
 def acceptance(scheme, dim, paths):
     "Mean over 12 seeds and its standard error, over so many paths after the warm-up."
-    runs = [scheme(paths).evolve(tilt, normal(50, dim), generator(seed)) for seed in range(12)]
+    runs = [scheme(paths).evolve(tilt, normal(50, dim), rng(seed)) for seed in range(12)]
     rates = torch.stack([run.acceptance.mean() for run in runs])
     return rates.mean().item(), rates.std().item() / sqrt(12)
 
@@ -471,19 +422,6 @@ def test_the_check_of_the_rate_sees_the_old_tuning(dim):
 
 
 # iterated SIR, exactly
-
-def pools(size):
-    "All tuples of so many draws of P, and their probabilities."
-    tuples = torch.tensor(list(product(range(3), repeat=size))).reshape(-1, size)
-    return tuples, P[tuples].prod(1)
-
-
-def sir_law(M):
-    "By brute force, over all M-tuples of proposals."
-    tuples, chance = pools(M)
-    odds = chance[:, None] * R[tuples] / R[tuples].sum(1, keepdim=True)
-    return torch.zeros(3, dtype=torch.float64).index_add_(0, tuples.flatten(), odds.flatten())
-
 
 def isir_kernel(M, own=R):
     "The probability to go from z to y, [z, y], by brute force over the M - 1 rivals; own: the odds of the present point."
@@ -508,7 +446,7 @@ def test_the_kernel_of_isir_leaves_the_target_as_it_is(M):
 @pytest.mark.parametrize("M", [2, 3, 5])
 def test_the_rate_of_isir_is_bounded_as_derived(M):
     "(1 - (M - 1) / (2 r_max / Z + M - 2))^t from any start; broken: without the factor two."
-    largest, t, kernel = (R.max() / (R * P).sum()).item(), torch.arange(1, 15), isir_kernel(M)
+    largest, t, kernel = R.max().item() / Z, torch.arange(1, 15), isir_kernel(M)
     distance = torch.stack([(torch.linalg.matrix_power(kernel, int(i)) - TARGET).abs().sum(1).max() / 2 for i in t])
     assert (distance <= (1 - (M - 1) / (2 * largest + M - 2)) ** t).all()
     assert not (distance <= (1 - (M - 1) / (largest + M - 2)) ** t).all()
@@ -517,7 +455,7 @@ def test_the_rate_of_isir_is_bounded_as_derived(M):
 @pytest.mark.parametrize("M", [2, 3, 4])
 def test_compete_has_the_transition_that_was_derived(M):
     for z in range(3):
-        with seeded(generator(10 * M + z)):
+        with seeded(rng(10 * M + z)):
             picks = _compete(log_r, outcomes(50_000), torch.full((50_000,), z), M - 1)
         assert chi_square_p(picks, isir_kernel(M)[z]) > 1e-6
         assert chi_square_p(picks, isir_kernel(M + 1)[z]) < 1e-6                     # broken: off by one
@@ -526,7 +464,7 @@ def test_compete_has_the_transition_that_was_derived(M):
 
 @pytest.mark.parametrize("steps, M", [(1, 2), (2, 4), (1, 5)])
 def test_isir_has_its_law_after_each_number_of_steps(steps, M):
-    picks = ISIR(steps, M).draw(log_r, outcomes(50_000), generator(steps))
+    picks = ISIR(steps, M).draw(log_r, outcomes(50_000), rng(steps))
     law = sir_law(M) @ torch.linalg.matrix_power(isir_kernel(M), steps)
     assert chi_square_p(picks, law) > 1e-6
     assert chi_square_p(picks, sir_law(M)) < 1e-6                                    # broken: no step
@@ -534,8 +472,8 @@ def test_isir_has_its_law_after_each_number_of_steps(steps, M):
 
 def test_isir_removes_the_error_of_sir():
     "SIR with four proposals is off by 0.16 in total variation, ten steps of i-SIR with four by 5e-5."
-    assert chi_square_p(ISIR(10, 4).draw(log_r, outcomes(100_000), generator()), TARGET) > 1e-6
-    assert chi_square_p(SIR(4).draw(log_r, outcomes(100_000), generator()), TARGET) < 1e-6
+    assert chi_square_p(ISIR(10, 4).draw(log_r, outcomes(100_000), rng()), TARGET) > 1e-6
+    assert chi_square_p(SIR(4).draw(log_r, outcomes(100_000), rng()), TARGET) < 1e-6
 
 
 def test_the_present_point_stays_where_no_rival_has_a_weight():
@@ -544,13 +482,13 @@ def test_the_present_point_stays_where_no_rival_has_a_weight():
     here = torch.full((50, 1), 7.0)
     assert torch.equal(_compete(log_ratio, normal(50, 1), here, 3), here)
     with pytest.raises(ValueError, match="weight zero"):
-        ISIR(3, 4).draw(log_ratio, normal(50, 1), generator())                       # SIR has nothing to begin with
+        ISIR(3, 4).draw(log_ratio, normal(50, 1), rng())                       # SIR has nothing to begin with
 
 
 @pytest.mark.parametrize("bad", [nan, inf])
 def test_isir_refuses_a_ratio_that_is_not_finite(bad):
     with pytest.raises(ValueError, match="NaN or"):
-        ISIR(20, 4).draw(lambda z: torch.where(z[..., 0] > 1, bad, 0.0), normal(50, 1), generator())
+        ISIR(20, 4).draw(lambda z: torch.where(z[..., 0] > 1, bad, 0.0), normal(50, 1), rng())
 
 
 # a global and a local move
@@ -564,7 +502,7 @@ def two_modes(z):
 def test_isir_finds_the_weights_of_two_modes():
     "5 standard errors of a share of 0.2 among 4000 rows: 0.032. HMC keeps the half that the prior dropped in each."
     def off(sampler):
-        z = sampler.draw(two_modes, normal(4000, 1), generator())
+        z = sampler.draw(two_modes, normal(4000, 1), rng())
         return max(abs((z < 0).float().mean().item() - 0.2) / sqrt(0.16 / 4000),
                    errors(z[z < 0], -2.0, 0.35**2), errors(z[z > 0], 2.0, 0.35**2))
     assert off(ISIR(50, 4)) < 5 and off(ISIR(50, 4, 0.05)) < 5 < off(HMC(59, 0.35))
@@ -573,7 +511,7 @@ def test_isir_finds_the_weights_of_two_modes():
 def test_a_mala_step_goes_where_the_prior_hardly_proposes():
     "Twenty coordinates shifted by one, a KL of ten nats: races alone do not arrive, races and MALA steps do."
     def off(sampler):
-        z = sampler.draw(lambda z: z.sum(-1), normal(2000, 20), generator())
+        z = sampler.draw(lambda z: z.sum(-1), normal(2000, 20), rng())
         return errors(z.sum(1) / sqrt(20), sqrt(20), 1.0)
     assert off(ISIR(80, 4, 0.2)) < 5 < off(ISIR(80, 4))
 
@@ -583,7 +521,7 @@ def test_the_mala_step_of_isir_is_tested():
     def law(test):
         base = normal(10_000, 1)
         target = partial(evaluate, tilt, base)
-        with seeded(generator()):
+        with seeded(rng()):
             z = base.sample()
             for _ in range(15):
                 state = target(_compete(tilt, base, z, 3))
@@ -591,4 +529,4 @@ def test_the_mala_step_of_isir_is_tested():
                      else _leapfrog(target, state, torch.randn_like(state.z), sqrt(0.9), 1))[0].z
         return errors(z, 0.5, 0.5)
     assert law(True) < 5 < law(False)
-    assert errors(ISIR(15, 4, 0.9).draw(tilt, normal(10_000, 1), generator()), 0.5, 0.5) < 5
+    assert errors(ISIR(15, 4, 0.9).draw(tilt, normal(10_000, 1), rng()), 0.5, 0.5) < 5

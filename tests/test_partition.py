@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributions import Categorical, Normal
+from exact import SLOPE, WIDTH, AddedNoise, Function, Ladder, Rung, rng, two_coins, z_scores
+from torch.distributions import Normal
 
 from ncp_vae import partition, sampling
 from ncp_vae.chains import evaluate, _leapfrog
 from ncp_vae.hierarchy import SMC, NoiseWalk
-from ncp_vae.nce import RatioEstimator
-from ncp_vae.partition import AIS, Bridge, ReverseAIS, _at_power, _posterior_walks, bridge
+from ncp_vae.partition import AIS, Bridge, ReverseAIS, _at_power, bridge, _posterior_walks
 from ncp_vae.prior import NoiseContrastivePrior
-from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, rows
+from ncp_vae.walk import diagonal_normal
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOPE, WIDTH, LOG_Z = 0.8, 0.6, 1.5
+LOG_Z = 1.5
 IMAGES = torch.zeros(30, 1)
 
 
@@ -32,99 +32,23 @@ def wide(monkeypatch):
     monkeypatch.setattr(partition, "PIECE", 50_000)
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-class Known(RatioEstimator):
-    "q/p exp(tilt z_<k + level), q(z_k | z_<k) = N(slope z_<k + 0.8 sigma, (0.8 sigma)^2), sigma the deviation of p; counts its calls."
-    def __init__(self, level=0.0, slope=0.5, tilt=0.0):
-        super().__init__()
-        self.level, self.slope, self.tilt, self.calls = level, slope, tilt, 0
-
-    def posterior(self, above, sigma):
-        return Normal(self.slope * above + 0.8 * sigma, 0.8 * sigma)
-
-    def condition(self, context):
-        above, sigma = (torch.zeros(1), 1.0) if context is None else (context, WIDTH)
-
-        def log_ratio(z):
-            self.calls += z.shape[:-1].numel()
-            q, p = self.posterior(above, sigma), Normal(SLOPE * above, sigma)
-            return (q.log_prob(z) - p.log_prob(z) + self.tilt * above).sum(-1) + self.level
-        return log_ratio
-
-
-class Ladder(TopDownVAE):
-    "z_1 ~ N(0, 1), z_k ~ N(0.8 z_{k-1}, 0.6^2), d numbers a group. The evidence does nothing but count."
-    def __init__(self, ratios, d=1):
-        super().__init__()
-        self.latent_shapes = [torch.Size([d])] * len(ratios)
-        self.context_shapes = [None] + [torch.Size([d])] * (len(ratios) - 1)
-        self.laws, self.seen = ratios, []
-
-    def encode(self, x):
-        self.seen.append(x)
-        return x
-
-    def walk(self, choose, *, n=None, evidence=None):
-        n, z, steps, latents = rows(n, None if evidence is None else len(evidence)), None, [], []
-        for k, law in enumerate(self.laws):
-            above, sigma = (torch.zeros(n, *self.latent_shapes[0]), 1.0) if z is None else (z, WIDTH)
-            q = law.posterior(above, sigma)
-            posterior = None if evidence is None else diagonal_normal(q.loc, q.scale)
-            steps.append(Step(k, z, diagonal_normal(SLOPE * above, torch.full_like(above, sigma)), posterior))
-            z = choose(steps[-1])
-            latents.append(z)
-        return Trace(latents, steps, diagonal_normal(z, torch.ones_like(z)))
-
-
 def ladder(groups=3, d=1, level=LOG_Z, **kind):
-    ratios = [Known(level if k == 0 else 0.0, **kind) for k in range(groups)]
-    return NoiseContrastivePrior(Ladder(ratios, d), ratios)
+    "Rungs 0.8 sigma above the slope, of deviation 0.8 sigma, sigma that of the prior; the posterior is their law."
+    widths = [0.8] + [0.8 * WIDTH] * (groups - 1)
+    ratios = [Rung(width, width, level=0.0 if k else level, **kind) for k, width in enumerate(widths)]
+    return NoiseContrastivePrior(Ladder(groups, (d,), ratios), ratios)
 
 
-class Coins(TopDownVAE):
-    "Two fair coins: priors and posteriors that are not Normal."
-    latent_shapes, context_shapes = [torch.Size([])] * 2, [None, torch.Size([])]
-
-    def encode(self, x):
-        return x
-
-    def walk(self, choose, *, n=None, evidence=None):
-        n = rows(n, None if evidence is None else len(evidence))
-        fair, context, steps, latents = Categorical(logits=torch.zeros(n, 2)), None, [], []
-        for k in range(2):
-            steps.append(Step(k, context, fair, None if evidence is None else fair))
-            context = choose(steps[-1])
-            latents.append(context)
-        return Trace(latents, steps, Normal(context.float(), 1.0))
-
-
-class Function(RatioEstimator):
-    "log r = a function of z alone."
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def condition(self, context):
-        return self.function
-
-
-class Flat(FlatVAE):
-    "A flat VAE with an event of more than one dimension; its posterior is the law that log r below leads to."
-    def posterior(self, x):
-        loc = self.origin.expand(len(x), *self.origin.shape)
-        return diagonal_normal(loc + 0.5, torch.full_like(loc, 0.7))
-
-    def likelihood(self, z):
-        return diagonal_normal(z, torch.ones_like(z))
+def flat(event, ratio):
+    "An NCP of one group of any event; its posterior is N(0.5, 0.7^2) for every image."
+    def posterior(x):
+        return diagonal_normal(torch.full((len(x), *event), 0.5), torch.full((len(x), *event), 0.7))
+    return NoiseContrastivePrior(AddedNoise(event, posterior=posterior), [Function(ratio)])
 
 
 def score(log_ratio):
     "By how many standard errors the mean of exp(log_ratio) over independent rows is off 1."
-    values = log_ratio.exp()
-    return ((values.mean() - 1) / (values.std() / len(values) ** 0.5)).item()
+    return z_scores(log_ratio.exp(), 1).item()
 
 
 # ---- AIS, forward and backward ------------------------------------------------------------------------------------------
@@ -151,12 +75,12 @@ def test_the_state_at_another_power_is_what_an_evaluation_gives():
 @pytest.mark.parametrize("steps, step_size", [(2, 0.7), (15, 0.7), (15, 2.0)])
 def test_z_hat_is_unbiased_forward_and_its_inverse_backward(steps, step_size):
     ncp = ladder()
-    assert abs(score(AIS(steps, step_size).log_weights(ncp, 20_000, generator(1)) - LOG_Z)) < 5
-    assert abs(score(ReverseAIS(IMAGES, steps, step_size).log_weights(ncp, 20_000, generator(2)) + LOG_Z)) < 5
+    assert abs(score(AIS(steps, step_size).log_weights(ncp, 20_000, rng(1)) - LOG_Z)) < 5
+    assert abs(score(ReverseAIS(IMAGES, steps, step_size).log_weights(ncp, 20_000, rng(2)) + LOG_Z)) < 5
 
 
 def test_without_the_metropolis_test_z_hat_is_biased():
-    log_w = NoTest(15, 1.5).log_weights(ladder(1), 20_000, generator(3)) - LOG_Z
+    log_w = NoTest(15, 1.5).log_weights(ladder(1), 20_000, rng(3)) - LOG_Z
     assert score(log_w) < -10
 
 
@@ -170,7 +94,7 @@ def test_one_step_is_the_plain_estimate_and_its_reverse():
             for walk, eps in super().starts(ncp, n):
                 starts.append(walk.trace(eps))
                 yield walk, eps
-    found = Watched(1, 0.1).log_weights(ncp, 40, generator(4))
+    found = Watched(1, 0.1).log_weights(ncp, 40, rng(4))
     torch.testing.assert_close(found, ncp.log_ratio(starts[0]).double(), rtol=1e-4, atol=1e-4)
 
     class WatchedBack(ReverseAIS):
@@ -178,7 +102,7 @@ def test_one_step_is_the_plain_estimate_and_its_reverse():
             for walk, eps in super().starts(ncp, n):
                 starts.append(walk.trace(eps))
                 yield walk, eps
-    found = WatchedBack(IMAGES, 1, 0.1).log_weights(ncp, 40, generator(5))
+    found = WatchedBack(IMAGES, 1, 0.1).log_weights(ncp, 40, rng(5))
     torch.testing.assert_close(found, -ncp.log_ratio(starts[1]).double(), rtol=1e-4, atol=1e-4)
 
 
@@ -187,24 +111,24 @@ def test_one_group_of_any_shape_has_the_flat_closed_form():
     b = 1 / 0.7**2 - 1
     a = 0.5 * (1 + b)                                                      # r p / Z is N(0.5, 0.7^2), the posterior
     log_z = 6 * (a**2 / (2 * (1 + b)) - log(1 + b) / 2)
-    ncp = NoiseContrastivePrior(Flat((2, 3)), [Function(lambda z: (a * z - b * z**2 / 2).sum((-2, -1)))])
-    assert abs(score(AIS(10, 0.5).log_weights(ncp, 20_000, generator(6)) - log_z)) < 5
-    assert abs(score(ReverseAIS(IMAGES, 10, 0.5).log_weights(ncp, 20_000, generator(7)) + log_z)) < 5
-    found = ncp.log_partition(20_000, generator(8), Bridge(IMAGES))
+    ncp = flat((2, 3), lambda z: (a * z - b * z**2 / 2).sum((-2, -1)))
+    assert abs(score(AIS(10, 0.5).log_weights(ncp, 20_000, rng(6)) - log_z)) < 5
+    assert abs(score(ReverseAIS(IMAGES, 10, 0.5).log_weights(ncp, 20_000, rng(7)) + log_z)) < 5
+    found = ncp.log_partition(20_000, rng(8), Bridge(IMAGES))
     assert abs(found.value - log_z) < 5 * found.std_error < 0.5
 
 
 def test_the_same_noise_cut_into_groups_or_not_gives_the_same_numbers():
     chain, large = ladder(4, slope=SLOPE), ladder(1, 4)
-    found = [AIS(5, 0.7).log_weights(ncp, 100, generator(9)) for ncp in (chain, large)]
+    found = [AIS(5, 0.7).log_weights(ncp, 100, rng(9)) for ncp in (chain, large)]
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", [AIS(7, 0.5), ReverseAIS(IMAGES, 7, 0.5)])
 def test_a_chain_costs_as_many_evaluations_as_steps(method):
     ncp = ladder()
-    method.log_weights(ncp, 20, generator())
-    assert [ratio.calls for ratio in ncp.ratios] == [7 * 20] * 3
+    method.log_weights(ncp, 20, rng())
+    assert [ratio.seen for ratio in ncp.ratios] == [7 * 20] * 3
 
 
 def test_more_steps_bring_both_sides_closer():
@@ -212,7 +136,7 @@ def test_more_steps_bring_both_sides_closer():
     ncp = ladder(16, slope=SLOPE)
 
     def distance(steps):
-        low, high = (method.log_weights(ncp, 3000, generator(10)).view(30, 100).logsumexp(1) - log(100)
+        low, high = (method.log_weights(ncp, 3000, rng(10)).view(30, 100).logsumexp(1) - log(100)
                      for method in (AIS(steps, 0.7), ReverseAIS(IMAGES, steps, 0.7)))
         return (-high - low).mean().item(), ((high.var() + low.var()) / 30).sqrt().item()
     (far, far_error), (near, near_error) = distance(1), distance(25)
@@ -221,11 +145,11 @@ def test_more_steps_bring_both_sides_closer():
 
 def test_weights_of_zero_are_allowed_forward_and_refused_backward():
     "r = 0 on half of the line: Z is a half. A posterior draw there is no draw of r p / Z."
-    ncp = NoiseContrastivePrior(Flat(1), [Function(lambda z: torch.where(z > 0, 0.0, -inf).sum(-1))])
-    log_w = AIS(4, 0.3).log_weights(ncp, 4000, generator(11))
+    ncp = flat((1,), lambda z: torch.where(z > 0, 0.0, -inf).sum(-1))
+    log_w = AIS(4, 0.3).log_weights(ncp, 4000, rng(11))
     assert abs((log_w.exp().mean() - 0.5) / (log_w.exp().std() / 4000**0.5)) < 5
     with pytest.raises(ValueError):
-        ReverseAIS(IMAGES, 4, 0.3).log_partition(ncp, 200, generator(11))
+        ReverseAIS(IMAGES, 4, 0.3).log_partition(ncp, 200, rng(11))
 
 
 def test_where_the_posterior_is_not_p_ncp_the_upper_side_is_shifted_as_derived():
@@ -234,10 +158,10 @@ def test_where_the_posterior_is_not_p_ncp_the_upper_side_is_shifted_as_derived()
     ncp = ladder(slope=SLOPE, tilt=0.3)
     limit = LOG_Z - 0.3**2 * (1 + 1 + 2 * 0.8) / 2
     log_z = LOG_Z + 0.3 * (0.8 + 0.8 * 0.8 + 0.48) + 0.3**2 / 2 * (0.64 + (0.64 * 0.64 + 0.48**2) + 2 * 0.8 * 0.64)
-    assert abs(score(ReverseAIS(IMAGES, 1, 0.7).log_weights(ncp, 50_000, generator(12)) + limit)) < 5
-    lower, upper = (ncp.log_partition(20_000, generator(13), m) for m in (AIS(5, 0.7), ReverseAIS(IMAGES, 5, 0.7)))
+    assert abs(score(ReverseAIS(IMAGES, 1, 0.7).log_weights(ncp, 50_000, rng(12)) + limit)) < 5
+    lower, upper = (ncp.log_partition(20_000, rng(13), m) for m in (AIS(5, 0.7), ReverseAIS(IMAGES, 5, 0.7)))
     assert abs(lower.value - log_z) < 5 * lower.std_error and upper.value < lower.value - 0.1
-    crossed = ncp.log_partition(20_000, generator(14), Bridge(IMAGES))
+    crossed = ncp.log_partition(20_000, rng(14), Bridge(IMAGES))
     assert abs(crossed.value - log_z) > 10 * crossed.std_error
 
 
@@ -265,7 +189,7 @@ def test_posterior_walks_take_turns_through_the_images(monkeypatch):
 def test_pieces_change_the_numbers_and_not_the_law(monkeypatch, make):
     ncp, sign = ladder(2), -1 if isinstance(make(), ReverseAIS) else 1
     monkeypatch.setattr(partition, "PIECE", 700)
-    log_w = make().log_weights(ncp, 5000, generator(15))
+    log_w = make().log_weights(ncp, 5000, rng(15))
     assert log_w.shape == (5000,) and log_w.dtype == torch.float64
     assert log_w.unique().numel() > 4950                # no piece is another's copy; a few may coincide in float32
     assert abs(score(log_w - sign * LOG_Z)) < 5
@@ -275,7 +199,7 @@ def test_pieces_change_the_numbers_and_not_the_law(monkeypatch, make):
 
 def both_sides(D, repeats, n, m, seed):
     "log r at draws of p = N(0, I) and of q = N(0.8, 0.8^2 I) in D dimensions: [repeats, n], [repeats, m]."
-    g, q, p = generator(seed), Normal(0.8, 0.8), Normal(0.0, 1.0)
+    g, q, p = rng(seed), Normal(0.8, 0.8), Normal(0.0, 1.0)
     of_p, of_q = torch.randn(repeats, n, D, generator=g), 0.8 + 0.8 * torch.randn(repeats, m, D, generator=g)
     return [(q.log_prob(z) - p.log_prob(z)).sum(-1) + LOG_Z for z in (of_p, of_q)]
 
@@ -328,20 +252,20 @@ METHODS = {"plain": None, "SMC": SMC(4), "AIS": AIS(10, 0.7), "reverse": Reverse
 def test_log_partition_with_any_method_is_stored_and_repeats_itself(name, groups):
     ncp = ladder(groups)
     before = torch.random.get_rng_state()
-    found = ncp.log_partition(4000, generator(19), METHODS[name])
+    found = ncp.log_partition(4000, rng(19), METHODS[name])
     assert torch.equal(torch.random.get_rng_state(), before)
     assert ncp.log_z.item() == pytest.approx(found.value) and ncp.log_z_std_error.item() == pytest.approx(found.std_error)
     assert abs(found.value - LOG_Z) < 6 * found.std_error < 1.2                # SMC's error is that of ten runs
     z = ncp.vae.walk(lambda step: step.prior.sample(), n=5)
     torch.testing.assert_close(ncp.log_prob(z), ncp.log_ratio(z) + z.log_prior() - found.value, rtol=1e-4, atol=1e-4)
-    again = ladder(groups).log_partition(4000, generator(19), METHODS[name])
+    again = ladder(groups).log_partition(4000, rng(19), METHODS[name])
     assert again.value == found.value
-    assert ladder(groups).log_partition(4000, generator(20), METHODS[name]).value != found.value
+    assert ladder(groups).log_partition(4000, rng(20), METHODS[name]).value != found.value
 
 
 def test_the_bias_has_the_sign_of_its_side():
     ncp = ladder()
-    low, high, middle = (ncp.log_partition(400, generator(21), METHODS[name]) for name in ("AIS", "reverse", "bridge"))
+    low, high, middle = (ncp.log_partition(400, rng(21), METHODS[name]) for name in ("AIS", "reverse", "bridge"))
     assert low.bias == -low.std_error**2 / 2 < 0 and high.bias == high.std_error**2 / 2 > 0 and middle.bias == 0
     assert (low.num_samples, high.num_samples, middle.num_samples) == (400, 400, 400)
 
@@ -358,34 +282,34 @@ def test_settings_are_refused_by_name(make, steps, step_size, named):
 
 
 @pytest.mark.parametrize("method", [AIS(2, 0.1), ReverseAIS(torch.zeros(3, 1), 2, 0.1)])
-def test_discrete_priors_are_refused(method):
-    ncp = NoiseContrastivePrior(Coins(), [Function(lambda z: 0.0 * z)] * 2)
-    with pytest.raises(ValueError, match="Normal.*Categorical"):
-        ncp.log_partition(10, generator(), method)
+def test_discrete_priors_are_a_type_error(method):
+    ncp = NoiseContrastivePrior(two_coins(), [Function(lambda z: 0.0 * z)] * 2)
+    with pytest.raises(TypeError, match="Normal"):
+        ncp.log_partition(10, rng(), method)
     assert isnan(ncp.log_z)
 
 
 def test_a_bridge_needs_no_normal_prior():
-    ncp = NoiseContrastivePrior(Coins(), [Function(lambda z: 0.0 * z + 0.5)] * 2)
-    assert ncp.log_partition(100, generator(), Bridge(IMAGES)).value == pytest.approx(1.0)
+    ncp = NoiseContrastivePrior(two_coins(), [Function(lambda z: 0.0 * z + 0.5)] * 2)
+    assert ncp.log_partition(100, rng(), Bridge(IMAGES)).value == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("method", [AIS(2, 0.1), ReverseAIS(IMAGES, 2, 0.1), Bridge(IMAGES)])
 def test_bad_ratios_and_too_few_samples_are_refused(method):
     for value in (nan, inf):
-        ncp = NoiseContrastivePrior(Flat(1), [Function(lambda z: z.sum(-1) * 0 + value)])
+        ncp = flat((1,), lambda z: z.sum(-1) * 0 + value)
         with pytest.raises(ValueError):
-            ncp.log_partition(100, generator(), method)
+            ncp.log_partition(100, rng(), method)
         assert isnan(ncp.log_z)
     with pytest.raises(ValueError, match="at least 2, got 1"):
-        ladder().log_partition(1, generator(), method)
+        ladder().log_partition(1, rng(), method)
     with pytest.raises(ValueError):
-        method.log_partition(ladder(), 1, generator()) if isinstance(method, AIS) else bridge(torch.zeros(1), torch.zeros(5))
+        method.log_partition(ladder(), 1, rng()) if isinstance(method, AIS) else bridge(torch.zeros(1), torch.zeros(5))
 
 
 def test_no_images_and_sides_without_weight_are_refused():
     with pytest.raises(ValueError, match="at least one image"):
-        ladder().log_partition(10, generator(), Bridge(torch.zeros(0, 1)))
+        ladder().log_partition(10, rng(), Bridge(torch.zeros(0, 1)))
     for p, q in ((torch.full((5,), -inf), torch.zeros(5)), (torch.zeros(5), torch.tensor([0.0, -inf])), (torch.zeros(5), torch.zeros(0))):
         with pytest.raises(ValueError, match="bridge needs at least 2"):
             bridge(p, q)

@@ -3,119 +3,38 @@
 Statistical tests use fixed seeds and a tolerance of 5 standard errors: a correct program fails
 such a comparison with a probability of 6e-7 over the choice of the seed, the two dozen of them here
 together with about 1e-5. Each has a broken twin, a plausible mistake that it must reject."""
-from itertools import product
 from math import comb, inf, isnan, log, nan, sqrt
 
 import pytest
 import torch
-from torch.distributions import Bernoulli, Categorical, Normal
+from exact import (GROUP_WISE, JOINT, STATES, TARGET, AddedNoise, Enumerated, Function, P, R, Table, ToNormal, Z, chi_square, coins,
+                   pools, rng, sir_law, z_scores)
+from torch.distributions import Normal
 
 from ncp_vae.bound import iwae
-from ncp_vae.nce import RatioEstimator
 from ncp_vae.prior import (NoiseContrastivePrior, estimate_log_mean, _log_pool, _log_sir_weight,
                            of_its_own)
 from ncp_vae.sampling import SIR
-from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, from_prior, seeded
-
-P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)     # a discrete base prior and ratio, Z = 1
-R = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
-
-
-def seed(value: int) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
-
-
-class Table(RatioEstimator):
-    "log r(z, c) from a table of r, indexed [z] or [c, z]."
-    def __init__(self, table):
-        super().__init__()
-        self.register_buffer("log_table", torch.as_tensor(table).log())
-
-    def condition(self, context):
-        if context is None:
-            return lambda z: self.log_table[z]
-        return lambda z: self.log_table[context.expand_as(z), z]
-
-
-class Tilt(RatioEstimator):
-    "From N(0, I) to N(loc, scale^2 I), times exp(log_z)."
-    def __init__(self, loc, scale, log_z):
-        super().__init__()
-        self.target, self.log_z = Normal(loc, scale), log_z
-
-    def condition(self, context):
-        base = Normal(0.0, 1.0)
-        return lambda z: (self.target.log_prob(z) - base.log_prob(z)).sum(-1) + self.log_z
-
-
-class Pixel(FlatVAE):
-    "A flat VAE with Gaussian latents whose decoder counts its calls."
-    decoded = 0
-
-    def likelihood(self, z):
-        self.decoded += 1
-        return diagonal_normal(z, torch.ones_like(z))
-
-    def posterior(self, x):
-        return diagonal_normal(x / 2, torch.full_like(x, 0.5 ** 0.5))
-
-
-class Die(TopDownVAE):
-    "z in {0, 1, 2} with the law P; x in {0, 1}; q(z | x) is uniform."
-    head = torch.tensor([0.1, 0.5, 0.8])
-
-    def __init__(self):
-        super().__init__()
-        self.latent_shapes, self.context_shapes = [torch.Size([])], [None]
-
-    def encode(self, x):
-        return Categorical(logits=torch.zeros(len(x), 3))
-
-    def walk(self, choose, *, n=None, evidence=None):
-        n = evidence.batch_shape[0] if n is None else n
-        step = Step(0, None, Categorical(P.float().expand(n, 3)), evidence)
-        z = choose(step)
-        return Trace([z], [step], Bernoulli(self.head[z]))
-
-
-class Coins(TopDownVAE):
-    "Two fair coins; the second group's context is the first coin."
-    def __init__(self):
-        super().__init__()
-        self.latent_shapes, self.context_shapes = [torch.Size([])] * 2, [None, torch.Size([])]
-
-    def walk(self, choose, *, n=None, evidence=None):
-        fair = Categorical(logits=torch.zeros(n, 2))
-        first = Step(0, None, fair, None)
-        z1 = choose(first)
-        second = Step(1, z1, fair, None)
-        z2 = choose(second)
-        return Trace([z1, z2], [first, second], Normal(z2.float(), 1.0))
-
-
-STATES = [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
-JOINT = torch.tensor([1.0, 1.0, 4.0, 2.0]) / 8                 # r2 = (1, 1 | 4, 2)
-GROUP_WISE = torch.tensor([1 / 4, 1 / 4, 1 / 3, 1 / 6])
-
-
-def coins(r1=(1.0, 1.0), r2=((1.0, 1.0), (4.0, 2.0))) -> NoiseContrastivePrior:
-    return NoiseContrastivePrior(Coins(), [Table(r1), Table(r2)])
-
+from ncp_vae.walk import diagonal_normal, from_prior, seeded
 
 def gaussian(dim=3, loc=0.5, scale=0.8, log_z=0.7) -> NoiseContrastivePrior:
-    return NoiseContrastivePrior(Pixel(dim), [Tilt(loc, scale, log_z)])
+    return NoiseContrastivePrior(AddedNoise(dim), [ToNormal(loc, scale, log_z)])
 
 
-def chi_squared(dim, loc, scale):
-    "Var(r / Z) of `gaussian`."
-    one = torch.tensor(loc**2 / (2 - scale**2)).exp().item() / (scale * sqrt(2 - scale**2))
-    return one**dim - 1
+def rests(size):
+    "The sums of r over all pools of `size` draws of P, and their probabilities: [n, 1]."
+    tuples, chance = pools(size)
+    return R[tuples].sum(1, keepdim=True), chance[:, None]
+
+
+def z_score(values, truth):
+    return z_scores(values, truth).item()
 
 
 # ------------------------------------------------ the log of a mean, exactly
 
 def test_estimate_is_the_textbook_formula():
-    log_w = torch.randn(500, generator=seed(0), dtype=torch.float64)
+    log_w = torch.randn(500, generator=rng(0), dtype=torch.float64)
     w, estimate = log_w.exp(), estimate_log_mean(log_w)
     assert estimate.value == pytest.approx(w.mean().log().item(), abs=1e-12)
     assert estimate.std_error == pytest.approx((w.std() / w.mean() / sqrt(500)).item(), rel=1e-12)
@@ -126,7 +45,7 @@ def test_estimate_is_the_textbook_formula():
 
 @pytest.mark.parametrize("shift", [-5000.0, 5000.0])
 def test_a_constant_in_log_r_moves_the_value_alone(shift):
-    log_w = torch.randn(200, generator=seed(1), dtype=torch.float64)
+    log_w = torch.randn(200, generator=rng(1), dtype=torch.float64)
     here, there = estimate_log_mean(log_w), estimate_log_mean(log_w + shift)
     assert there.value - here.value == pytest.approx(shift, abs=1e-9)
     for name in ("std_error", "ess", "k_hat"):
@@ -158,12 +77,12 @@ def test_estimate_refuses(log_w, what):
 
 def test_one_ratio_for_each_group():
     with pytest.raises(ValueError, match="2 ratios for a VAE of 1 latent groups"):
-        NoiseContrastivePrior(Pixel(1), [Table(R), Table(R)])
+        NoiseContrastivePrior(AddedNoise(1), [Table(R), Table(R)])
     assert not gaussian().vae.training
 
 
 def test_log_ratio_is_the_sum_over_groups_at_their_contexts():
-    ncp = coins(r1=(2.0, 5.0), r2=((1.0, 3.0), (4.0, 7.0)))
+    ncp = coins((2.0, 5.0), ((1.0, 3.0), (4.0, 7.0)))
     by_group = torch.stack(ncp.log_ratios(STATES)).exp()
     assert by_group.allclose(torch.tensor([[2.0, 2, 5, 5], [1, 3, 4, 7]]))
     assert ncp.log_ratio(STATES).exp().allclose(torch.tensor([2.0, 6, 20, 35]))
@@ -195,7 +114,7 @@ def test_log_prob_is_a_density():
 def test_log_prob_of_a_gaussian_and_its_gradient():
     ncp = gaussian()
     ncp.log_z.fill_(0.7)
-    z = torch.randn(6, 3, generator=seed(2), requires_grad=True)
+    z = torch.randn(6, 3, generator=rng(2), requires_grad=True)
     exact = Normal(0.5, 0.8).log_prob(z).sum(-1)
     assert ncp.log_prob([z]).allclose(exact, atol=1e-5)
     got, = torch.autograd.grad(ncp.log_prob([z]).sum(), z)
@@ -213,7 +132,7 @@ def test_log_partition_refuses_and_keeps_what_it_had():
     with pytest.raises(ValueError, match="at least 2, got 1"):
         ncp.log_partition(1)
     assert ncp.vae.decoded == 0                   # refused before any work
-    kept = ncp.log_partition(100, seed(3))
+    kept = ncp.log_partition(100, rng(3))
     ncp.ratios[0].log_z = nan
     with pytest.raises(ValueError, match="NaN"):
         ncp.log_partition(100)
@@ -229,7 +148,7 @@ def test_log_partition_takes_another_method_and_keeps_its_estimate():
             self.asked.append((ncp, num_samples, generator))
             return estimate_log_mean(torch.tensor([0.2, 0.4]))
 
-    ncp, generator = gaussian(), seed(3)
+    ncp, generator = gaussian(), rng(3)
     kept = ncp.log_partition(100, generator, Fixed())
     assert Fixed.asked == [(ncp, 100, generator)]
     assert ncp.log_z.item() == pytest.approx(kept.value) != pytest.approx(0.7, abs=0.1)
@@ -241,7 +160,7 @@ def test_log_partition_takes_another_method_and_keeps_its_estimate():
 
 def test_log_z_travels_with_the_state_dict():
     ncp, other = gaussian(), gaussian()
-    ncp.log_partition(100, seed(4))
+    ncp.log_partition(100, rng(4))
     other.load_state_dict(ncp.state_dict())
     z = [torch.ones(2, 3)]
     assert torch.equal(other.log_prob(z), ncp.log_prob(z))
@@ -249,10 +168,10 @@ def test_log_z_travels_with_the_state_dict():
 
 def test_a_generator_decides_everything_and_leaves_the_global_state_alone():
     ncp, before = gaussian(), torch.get_rng_state()
-    first, again = [ncp.log_partition(2500, seed(5)) for _ in range(2)]
-    assert first == again != ncp.log_partition(2500, seed(6))
+    first, again = [ncp.log_partition(2500, rng(5)) for _ in range(2)]
+    assert first == again != ncp.log_partition(2500, rng(6))
     z = [torch.ones(2, 3)]
-    assert torch.equal(ncp.sir_log_ratio(9, seed(5))(z), ncp.sir_log_ratio(9, seed(5))(z))
+    assert torch.equal(ncp.sir_log_ratio(9, rng(5))(z), ncp.sir_log_ratio(9, rng(5))(z))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -262,11 +181,11 @@ def test_a_generator_of_its_own_has_other_numbers_than_its_parents_seed():
             return torch.randn(100)
 
     before = torch.get_rng_state()
-    own, parent = torch.randn(100, generator=of_its_own(seed(5))), torch.randn(100, generator=seed(5))
-    through = numbers(of_its_own(seed(5))), numbers(seed(5))
+    own, parent = torch.randn(100, generator=of_its_own(rng(5))), torch.randn(100, generator=rng(5))
+    through = numbers(of_its_own(rng(5))), numbers(rng(5))
     streams = torch.stack([own, parent, *through])
     assert len(streams.unique()) == 400                              # no number in two of them
-    assert torch.equal(own, torch.randn(100, generator=of_its_own(seed(5))))
+    assert torch.equal(own, torch.randn(100, generator=of_its_own(rng(5))))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     first = of_its_own(None)
@@ -275,28 +194,15 @@ def test_a_generator_of_its_own_has_other_numbers_than_its_parents_seed():
 
 
 def test_log_weights_have_the_asked_number():
-    weights = gaussian().log_weights(2345, seed(7))               # two pieces and a bit
+    weights = gaussian().log_weights(2345, rng(7))               # two pieces and a bit
     assert weights.shape == (2345,) and len(weights.unique()) > 2300
 
 
 # ------------------------------------------------ the density of SIR, exactly
 
-def pools(size):
-    "All pools of `size` draws of P: sums of r [N, 1] and probabilities [N, 1]."
-    index = torch.tensor(list(product(range(3), repeat=size)))
-    return R[index].sum(1, keepdim=True), P[index].prod(1, keepdim=True)
-
-
-def sir_law(M):
-    "P(SIR keeps i) by its definition: all M-tuples."
-    index = torch.tensor(list(product(range(3), repeat=M)))
-    kept = P[index].prod(1, keepdim=True) * R[index] / R[index].sum(1, keepdim=True)
-    return torch.stack([kept[index == i].sum() for i in range(3)])
-
-
 @pytest.mark.parametrize("M", [2, 3, 6])
 def test_sir_density_is_the_law_of_sir(M):
-    rest, probability = pools(M - 1)
+    rest, probability = rests(M - 1)
     density = P * (probability * _log_sir_weight(R.log(), rest.log(), M).exp()).sum(0)
     assert density.sum().item() == pytest.approx(1, abs=1e-12)
     assert density.allclose(sir_law(M), atol=1e-12)
@@ -306,9 +212,9 @@ def test_sir_density_is_the_law_of_sir(M):
 
 @pytest.mark.parametrize("M", [2, 3, 6])
 def test_bound_lies_between_its_floor_and_the_density(M):
-    rest, probability = pools(M - 1)
+    rest, probability = rests(M - 1)
     bound = P.log() + (probability * _log_sir_weight(R.log(), rest.log(), M)).sum(0)
-    floor = (P * R).log() - ((R - 1) / M).log1p()                    # Z = 1
+    floor = TARGET.log() - ((R / Z - 1) / M).log1p()
     assert (floor < bound).all() and (bound < sir_law(M).log()).all()
 
 
@@ -320,8 +226,8 @@ def test_sir_weight_at_the_edges():
 
 
 def test_sir_log_ratio_is_one_shared_pool():
-    ncp, z = gaussian(), torch.randn(50, 3, generator=seed(8))
-    log_ratio = ncp.sir_log_ratio(16, seed(9))
+    ncp, z = gaussian(), torch.randn(50, 3, generator=rng(8))
+    log_ratio = ncp.sir_log_ratio(16, rng(9))
     log_w = log_ratio([z])
     assert torch.equal(log_ratio([z]), log_w)    # no fresh draws
     share = (log_w - log(16)).exp().double()    # r / (r + R)
@@ -331,7 +237,7 @@ def test_sir_log_ratio_is_one_shared_pool():
 
 def test_later_pools_are_drawn_at_each_rows_own_context():
     # r2 depends on the context alone, so every pool's mean is r2 and the weight is exactly 1
-    ncp = coins(r2=((1.0, 1.0), (30.0, 30.0)))
+    ncp = coins(below=((1.0, 1.0), (30.0, 30.0)))
     assert ncp.sir_log_ratio(3)(STATES).allclose(torch.zeros(4), atol=1e-5)
     step = ncp.vae.walk(from_prior(), n=1).steps[1]       # the twin: one row's context for all
     twin = _log_sir_weight(ncp.log_ratios(STATES)[1], _log_pool(ncp.ratios[1], step, 2), 3)
@@ -346,11 +252,11 @@ def test_a_pool_has_one_draw_less_than_sir_has_proposals():
 
 
 def test_one_proposal_is_the_base_prior():
-    ncp, z = gaussian(), torch.randn(50, 3, generator=seed(8))
+    ncp, z = gaussian(), torch.randn(50, 3, generator=rng(8))
     assert torch.equal(ncp.sir_log_ratio(1)([z]), torch.zeros(50))
-    x = torch.randn(20, 3, generator=seed(9))
-    assert torch.equal(iwae(ncp.vae, x, 3, ncp.sir_log_ratio(1), seed(10)),
-                       iwae(ncp.vae, x, 3, None, seed(10)))
+    x = torch.randn(20, 3, generator=rng(9))
+    assert torch.equal(iwae(ncp.vae, x, 3, ncp.sir_log_ratio(1), rng(10)),
+                       iwae(ncp.vae, x, 3, None, rng(10)))
     step = ncp.vae.walk(from_prior(), n=4).steps[0]
     assert torch.equal(_log_pool(ncp.ratios[0], step, 0), torch.full((4,), -inf))
 
@@ -415,7 +321,7 @@ def test_the_bound_of_a_plan_is_below_its_law_and_tight_in_the_end(plan):
 
 @pytest.mark.parametrize("plan", [[1, 3], [2, 4]])
 def test_sir_log_ratio_of_a_plan_has_the_enumerated_mean(plan):
-    ncp, copies, g = coins(R1, R2), [z.repeat(50) for z in STATES], seed(21)
+    ncp, copies, g = coins(R1, R2), [z.repeat(50) for z in STATES], rng(21)
     calls = [ncp.sir_log_ratio(plan, g)(copies).view(50, 4).mean(0) for _ in range(400)]
     runs = torch.stack(calls).double() + 2 * log(0.5)
     for state in range(4):
@@ -426,18 +332,15 @@ def test_sir_log_ratio_of_a_plan_has_the_enumerated_mean(plan):
 
 @pytest.mark.parametrize("plan", [[1, 3], [2, 4]])
 def test_sir_of_a_plan_has_the_law_that_is_bounded(plan):
-    trace = coins(R1, R2).sample(20_000, SIR(plan), generator=seed(22))
+    trace = coins(R1, R2).sample(20_000, SIR(plan), generator=rng(22))
     counts = torch.bincount(2 * trace.latents[0] + trace.latents[1], minlength=4)
-
-    def chi_square(law):
-        return ((counts - 20_000 * law).square() / (20_000 * law)).sum().item()
-    assert chi_square(law_of_plan(plan)) < 33     # 3 degrees of freedom: 3e-7
-    assert chi_square(law_of_plan(plan[::-1])) > 200
+    assert chi_square(counts, law_of_plan(plan)) < 33     # 3 degrees of freedom: 3e-7
+    assert chi_square(counts, law_of_plan(plan[::-1])) > 200
 
 
 def test_a_plan_of_equal_numbers_is_one_number():
     ncp = coins(R1, R2)
-    assert torch.equal(ncp.sir_log_ratio(5, seed(23))(STATES), ncp.sir_log_ratio([5, 5], seed(23))(STATES))
+    assert torch.equal(ncp.sir_log_ratio(5, rng(23))(STATES), ncp.sir_log_ratio([5, 5], rng(23))(STATES))
     assert ncp.sir_log_ratio([1, 1])(STATES).abs().max() == 0
     for wrong in ([5], [5, 5, 5]):
         with pytest.raises(ValueError, match=f"{len(wrong)} budgets for 2 latent groups"):
@@ -451,92 +354,77 @@ def test_a_diverged_ratio_is_refused_by_the_pool():
 
 # ------------------------------------------------ statistics
 
-def z_score(values, truth):
-    return ((values.mean() - truth) / values.std() * sqrt(len(values))).item()
-
-
 def test_log_partition_and_its_error():
-    ncp, chi2 = gaussian(), chi_squared(3, 0.5, 0.8)
-    runs = [ncp.log_partition(2000, seed(100 + i)) for i in range(60)]
+    ncp = gaussian()
+    chi2 = ncp.ratios[0].chi_squared(3)
+    runs = [ncp.log_partition(2000, rng(100 + i)) for i in range(60)]
     values = torch.tensor([run.value for run in runs]).double()
     assert abs(z_score(values, 0.7 - chi2 / 4000)) < 5
     # the spread of 60 values is known within 9 %: 5 of those
     assert abs(values.std().item() / sqrt(chi2 / 2000) - 1) < 0.46
     errors = torch.tensor([run.std_error for run in runs]).double()
     assert abs(errors.mean().item() / sqrt(chi2 / 2000) - 1) < 0.05    # each within a few per cent
-    twin = torch.stack([ncp.log_weights(2000, seed(i)).mean() for i in range(60)])   # mean of logs
+    twin = torch.stack([ncp.log_weights(2000, rng(i)).mean() for i in range(60)])   # mean of logs
     assert abs(z_score(twin, 0.7)) > 50
 
 
 def test_log_partition_is_too_low_by_half_its_variance():
-    chi2, S = chi_squared(1, 1.0, 0.8), 50
-    log_w = gaussian(1, 1.0).log_weights(20_000 * S, seed(10)).double().view(20_000, S)
+    ncp, S = gaussian(1, 1.0), 50
+    chi2 = ncp.ratios[0].chi_squared(1)
+    log_w = ncp.log_weights(20_000 * S, rng(10)).double().view(20_000, S)
     values = log_w.logsumexp(1) - log(S)
     assert abs(z_score(values, 0.7 - chi2 / (2 * S))) < 5
     assert z_score(values, 0.7) < -5    # the twin: no bias
 
 
 def test_samples_of_two_groups_follow_the_group_wise_target():
-    trace = coins().sample(10_000, SIR(200), generator=seed(11))
+    trace = coins().sample(10_000, SIR(200), generator=rng(11))
     counts = torch.bincount(2 * trace.latents[0] + trace.latents[1], minlength=4)
-    def chi_square(law):
-        return ((counts - 10_000 * law).square() / (10_000 * law)).sum().item()
-    assert chi_square(GROUP_WISE) < 33    # 3 degrees of freedom: 3e-7
-    assert chi_square(JOINT) > 1000    # the twin: the other target
+    assert chi_square(counts, GROUP_WISE) < 33    # 3 degrees of freedom: 3e-7
+    assert chi_square(counts, JOINT) > 1000    # the twin: the other target
 
 
 def test_bound_of_two_groups_is_about_the_group_wise_target():
     # a pool's mean of r2(. | 1) in {4, 2} has at M = 4096 a relative error of 1/3/64; 5 are 0.026
-    density = (2 * log(0.5) + coins().sir_log_ratio(4096, seed(12))(STATES)).exp()
+    density = (2 * log(0.5) + coins().sir_log_ratio(4096, rng(12))(STATES)).exp()
     assert (density / GROUP_WISE - 1).abs().max() < 0.027
     assert (density / JOINT - 1).abs().max() > 0.3    # the twin: the other target
 
 
-class Noisy(FlatVAE):
-    "x = z + 2 noise; one posterior for every image."
-    def likelihood(self, z):
-        return diagonal_normal(z, torch.full_like(z, 2.0))
-
-    def posterior(self, x):
-        return diagonal_normal(torch.full_like(x, 0.5), torch.full_like(x, 0.9))
-
-
-class Slope(RatioEstimator):
-    def condition(self, context):
-        return lambda z: 3 * z.sum(-1)
-
-
 def test_one_seed_for_everything_is_still_a_bound():
     # log r = 3 z, two proposals: log p_2(x) by quadrature from p_2(z) = 2 p(z) E r / (r + r')
-    ncp, x, S = NoiseContrastivePrior(Noisy(1), [Slope()]), torch.tensor([[1.4]]), 2
+    vae = AddedNoise(1, 2.0, lambda x: diagonal_normal(torch.full_like(x, 0.5), torch.full_like(x, 0.9)))    # for every image
+    slope, x, S = Function(lambda z: 3 * z.sum(-1)), torch.tensor([[1.4]]), 2
+    ncp = NoiseContrastivePrior(vae, [slope])
     z = torch.arange(-10, 10, 0.02, dtype=torch.float64)
     p = Normal(0.0, 1.0).log_prob(z).exp() * 0.02
     p_2 = 2 * p * ((3 * (z[:, None] - z)).sigmoid() @ p)
     exact = (p_2 * Normal(z, 2.0).log_prob(x[0].double()).exp()).sum().log().item()
 
     def one_stream(value):     # the twin: a pool from the seed that iwae gets, after a walk
-        with seeded(seed(value)):
-            log_rest = Slope()(ncp.vae.walk(from_prior(), n=1).steps[0].prior.sample((1,)))[0]
+        with seeded(rng(value)):
+            log_rest = slope(ncp.vae.walk(from_prior(), n=1).steps[0].prior.sample((1,)))[0]
         return lambda latents: _log_sir_weight(ncp.log_ratio(latents), log_rest, 2)
 
     def over_seeds(bound, n):
-        return torch.cat([iwae(ncp.vae, x, S, bound(v), seed(v)) for v in range(n)]).double()
+        return torch.cat([iwae(ncp.vae, x, S, bound(v), rng(v)) for v in range(n)]).double()
 
-    library = over_seeds(lambda v: ncp.sir_log_ratio(2, seed(v)), 600)
+    library = over_seeds(lambda v: ncp.sir_log_ratio(2, rng(v)), 600)
     assert p_2.sum().item() == pytest.approx(1, abs=1e-9)
     assert z_score(library, exact) < -5 and z_score(over_seeds(one_stream, 600), exact) > 5
-    two_seeds = over_seeds(lambda v: ncp.sir_log_ratio(2, seed(v + 1000)), 300)     # the same mean
+    two_seeds = over_seeds(lambda v: ncp.sir_log_ratio(2, rng(v + 1000)), 300)     # the same mean
     error = sqrt(library.var().item() / 600 + two_seeds.var().item() / 300)
     assert abs(library.mean() - two_seeds.mean()).item() < 5 * error < 0.5
 
 
 def test_iwae_with_sir_log_ratio_is_the_bound_and_below_the_density_of_sir():
-    M, x = 2, torch.tensor([0.0, 1.0])
-    ncp = NoiseContrastivePrior(Die(), [Table(R.float())])
+    M, x, heads = 2, torch.tensor([0, 1]), torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    die = Enumerated([P], [torch.full((2, 3), 1 / 3, dtype=torch.float64)], torch.stack([1 - heads, heads], 1))    # q is uniform
+    ncp = NoiseContrastivePrior(die, [Table(R)])
     torch.manual_seed(13)
     runs = torch.stack([iwae(ncp.vae, x, 1, ncp.sir_log_ratio(M)) for _ in range(2000)]).double()
-    rest, probability = pools(M - 1)
-    log_x = torch.stack([(1 - Die.head).log(), Die.head.log()]).double()    # log p(x | z): [x, z]
+    rest, probability = rests(M - 1)
+    log_x = die.px.log().T    # log p(x | z): [x, z]
     def expectation(log_weight):    # over the uniform posterior and all pools
         return (log_x + P.log() + (probability * log_weight).sum(0) + log(3)).mean(1)
     truth = expectation(_log_sir_weight(R.log(), rest.log(), M))
@@ -551,11 +439,11 @@ def test_iwae_with_sir_log_ratio_is_the_bound_and_below_the_density_of_sir():
 
 def test_estimated_likelihood_moves_with_log_z():
     ncp = gaussian(2)
-    x = torch.randn(20, 2, generator=seed(14))
-    good = ncp.log_partition(5000, seed(15)).value
-    first = iwae(ncp.vae, x, 5, ncp.normalised_log_ratio, seed(16))
-    poor = ncp.log_partition(50, seed(17)).value
-    second = iwae(ncp.vae, x, 5, ncp.normalised_log_ratio, seed(16))
+    x = torch.randn(20, 2, generator=rng(14))
+    good = ncp.log_partition(5000, rng(15)).value
+    first = iwae(ncp.vae, x, 5, ncp.normalised_log_ratio, rng(16))
+    poor = ncp.log_partition(50, rng(17)).value
+    second = iwae(ncp.vae, x, 5, ncp.normalised_log_ratio, rng(16))
     assert abs(good - poor) > 1e-3
     assert (second - first).allclose(torch.tensor(good - poor), atol=1e-5)
 
@@ -565,7 +453,7 @@ def test_estimated_likelihood_is_the_exact_one():
     ncp, x = gaussian(1), torch.linspace(-2, 3, 200)[:, None]
     exact = Normal(0.5, 1.64**0.5).log_prob(x[:, 0])
     ncp.log_z.fill_(0.7)
-    error = (iwae(ncp.vae, x, 1000, ncp.normalised_log_ratio, seed(18)) - exact).double()
+    error = (iwae(ncp.vae, x, 1000, ncp.normalised_log_ratio, rng(18)) - exact).double()
     assert abs(z_score(error, 0.0)) < 5 and error.abs().max() < 0.3
     ncp.log_z.fill_(0.0)                                             # the twin: log Z forgotten
-    assert (iwae(ncp.vae, x, 10, ncp.normalised_log_ratio, seed(18)) - exact).mean() > 0.5
+    assert (iwae(ncp.vae, x, 10, ncp.normalised_log_ratio, rng(18)) - exact).mean() > 0.5

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from exact import Function
 from torch import nn
 from torch.distributions import (Categorical, Distribution, Exponential, Independent, MixtureSameFamily, MultivariateNormal, Normal,
                                  Poisson, Uniform)
@@ -98,12 +99,10 @@ def test_a_ratio_is_trained_on_it_and_sampled(mixed):
 
 def test_sir_on_it_reaches_the_reweighted_law():
     """Weights (1/2, 1/2) far apart, log r = log 3 on the right: three draws of four there, within five standard errors of 4,000."""
-    class Step(MLPRatio):
-        def condition(self, context):
-            return lambda z: (z[..., 0] > 0) * torch.tensor(3.0).log()
+    right = Function(lambda z: (z[..., 0] > 0) * torch.tensor(3.0).log())
     law = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1, 1))
     base = WithPriors(DenseVAE((1, 2, 2), 1, (4,), sigma=0.1), [law])
-    z = NoiseContrastivePrior(base, [Step(1, hidden=(2,))]).sample(4000, SIR(200)).latents[0]
+    z = NoiseContrastivePrior(base, [right]).sample(4000, SIR(200)).latents[0]
     assert abs((z > 0).double().mean().item() - 0.75) < 5 * (0.75 * 0.25 / 4000) ** 0.5 + 0.005     # SIR's own bias at M = 200
 
 

@@ -5,63 +5,19 @@ a check at 5 standard errors fails by chance once in 1.7 million times and a p-v
 there are fewer than 30 of both kinds here: a family-wise false-alarm rate below 1e-4. Each has a broken twin, a sampler
 or a law with one deliberate mistake, which the same check must reject."""
 import weakref
-from itertools import product
-from math import exp, inf, isnan, log, nan, sqrt
-from types import SimpleNamespace
+from math import inf, isnan, log, nan, sqrt
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, Normal
+from exact import (TARGET, TILT_Z, AddedNoise, Function, P, R, chi_square_p, coins, errors, log_r, normal, outcomes, rng, sir_law,
+                   tilt)
+from torch.distributions import Independent, Normal
 
+from ncp_vae.models.ratios import MLPRatio
+from ncp_vae.prior import NoiseContrastivePrior
 from ncp_vae.resampling import (_BLOCK, SIR, Race, Sampler, effective_sample_size, k_hat_threshold, merge, one_a_group,
                                 pareto_k_hat, proposals_of, _propose, race)
-from ncp_vae.walk import FlatVAE, Step, TopDownVAE, Trace, diagonal_normal, seeded
-
-P, R = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(rows, *event, dtype=torch.float32):
-    loc = torch.zeros(rows, *event, dtype=dtype)
-    return diagonal_normal(loc, torch.ones_like(loc))
-
-
-def outcomes(rows):
-    return Categorical(P.float().expand(rows, 3))
-
-
-def log_r(z):
-    return R.float().log()[z]
-
-
-def tilt(z):
-    "With base N(0, 1) in each coordinate the target is N(1/2, 1/2)."
-    return (z - z.square() / 2).sum(-1)
-
-
-def sir_law(M, p=P, r=R):
-    "By brute force, over all M-tuples of proposals."
-    law = torch.zeros(len(p), dtype=torch.float64)
-    for proposals in product(range(len(p)), repeat=M):
-        i = torch.tensor(proposals)
-        law.index_add_(0, i, p[i].prod() * r[i] / r[i].sum())
-    return law
-
-
-def chi_square_p(picks, law):
-    expected = len(picks) * law
-    statistic = ((picks.bincount(minlength=len(law)) - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(law) - 1) / 2).double(), statistic / 2).item()
-
-
-def errors(z, mean, variance):
-    "The larger of: by how many standard errors do the mean and the variance of Gaussian rows miss theirs?"
-    n = len(z)
-    return max(abs(z.mean() - mean) / sqrt(variance / n), abs(z.var() - variance) / (variance * sqrt(2 / n))).item()
-
+from ncp_vae.walk import seeded
 
 # SIR, exactly
 
@@ -73,7 +29,7 @@ def test_the_law_that_the_others_lean_on(M, law):
 
 @pytest.mark.parametrize("M", [1, 63, 64, 65, 500, 1000])
 def test_chunks_do_not_change_the_result(M):
-    results = [SIR(M, chunk).resample(tilt, normal(6, 2), generator(M)) for chunk in (1, 7, 64, 500, 5000, None)]
+    results = [SIR(M, chunk).resample(tilt, normal(6, 2), rng(M)) for chunk in (1, 7, 64, 500, 5000, None)]
     for other in results[1:]:
         assert torch.equal(other.z, results[0].z)
         assert torch.allclose(other.ess, results[0].ess, rtol=1e-4)                       # float32, another order
@@ -82,18 +38,18 @@ def test_chunks_do_not_change_the_result(M):
 
 def test_streaming_is_one_argmax_over_all_proposals():
     M, rows = 777, 9
-    with seeded(generator(3)):
+    with seeded(rng(3)):
         z, keys = map(torch.cat, zip(*_propose(normal(rows, 2), M, 64)))
     log_w = tilt(z)
     best = (log_w + keys).argmax(0)
-    result = SIR(M, chunk=100).resample(tilt, normal(rows, 2), generator(3))
+    result = SIR(M, chunk=100).resample(tilt, normal(rows, 2), rng(3))
     assert torch.equal(result.z, z[best, torch.arange(rows)])
     assert torch.allclose(result.ess, effective_sample_size(log_w, 0), rtol=1e-4)
     assert torch.allclose(result.log_mean_ratio, log_w.logsumexp(0) - log(M), atol=1e-5)
 
 
 def test_races_merge_in_any_order():
-    z, log_w, keys = torch.randn(300, 4, 2, generator=generator()), *torch.randn(2, 300, 4, generator=generator(1))
+    z, log_w, keys = torch.randn(300, 4, 2, generator=rng()), *torch.randn(2, 300, 4, generator=rng(1))
     log_w[:100, 0] = -inf                                                 # a chunk in which a row has no weight at all
     parts = [race(z[i], log_w[i], keys[i]) for i in (slice(100), slice(100, 130), slice(130, 300))]
     at_once = race(z, log_w, keys)
@@ -105,7 +61,7 @@ def test_races_merge_in_any_order():
 @pytest.mark.parametrize("M, chunk", [(100, 7), (1000, 300), (64, 64), (5, None)])
 def test_each_proposal_is_evaluated_once_and_few_at_a_time(M, chunk):
     sizes = []
-    SIR(M, chunk).draw(lambda z: sizes.append(len(z)) or tilt(z), normal(3, 2), generator())
+    SIR(M, chunk).draw(lambda z: sizes.append(len(z)) or tilt(z), normal(3, 2), rng())
     assert sum(sizes) == M and max(sizes) <= (chunk or M)
 
 
@@ -126,12 +82,12 @@ def test_memory_does_not_grow_with_the_number_of_proposals(M):
         nonlocal most
         most = max(most, len(alive))
         return tilt(z.as_subclass(torch.Tensor))
-    SIR(M, chunk=2 * _BLOCK).draw(log_ratio, Watching(Normal(torch.zeros(3, 2), 1.0), 1), generator())
+    SIR(M, chunk=2 * _BLOCK).draw(log_ratio, Watching(Normal(torch.zeros(3, 2), 1.0), 1), rng())
     assert 1 <= most <= 4                                       # this chunk's blocks, and at most those of one before
 
 
 def test_weights_of_zero_are_never_chosen():
-    z = SIR(400).draw(lambda z: torch.where(z[..., 0] > 1.5, 0.0, -inf), normal(500, 1), generator())
+    z = SIR(400).draw(lambda z: torch.where(z[..., 0] > 1.5, 0.0, -inf), normal(500, 1), rng())
     assert (z > 1.5).all()
 
 
@@ -143,7 +99,7 @@ def test_weights_of_zero_are_never_chosen():
     (lambda z: z.sum(), "must map")])
 def test_broken_ratios_are_errors(log_ratio, message):
     with pytest.raises(ValueError, match=message):
-        SIR(200).draw(log_ratio, normal(5, 2), generator())
+        SIR(200).draw(log_ratio, normal(5, 2), rng())
 
 
 def test_a_row_without_any_weight_is_an_error_though_others_have_some():
@@ -194,10 +150,10 @@ def test_proposals_are_one_number_or_one_a_group():
 def test_randomness_comes_from_the_generator_alone():
     sampler = SIR(70)
     torch.manual_seed(1)
-    before, g = torch.get_rng_state(), generator(7)
+    before, g = torch.get_rng_state(), rng(7)
     first, second = sampler.draw(tilt, normal(4, 2), g), sampler.draw(tilt, normal(4, 2), g)
     assert torch.equal(before, torch.get_rng_state())                               # the global state is untouched
-    assert torch.equal(first, sampler.draw(tilt, normal(4, 2), generator(7))) and not torch.equal(first, second)
+    assert torch.equal(first, sampler.draw(tilt, normal(4, 2), rng(7))) and not torch.equal(first, second)
     unseeded = sampler.draw(tilt, normal(4, 2))
     torch.manual_seed(1)
     assert torch.equal(unseeded, sampler.draw(tilt, normal(4, 2)))
@@ -208,74 +164,47 @@ def test_randomness_comes_from_the_generator_alone():
 def test_events_of_any_shape(event):
     def log_ratio(z):
         return z if not event else z.flatten(-len(event)).sum(-1)
-    assert SIR(70).draw(log_ratio, normal(4, *event), generator()).shape == (4, *event)
+    assert SIR(70).draw(log_ratio, normal(4, *event), rng()).shape == (4, *event)
 
 
 # SIR, by statistics
 
 @pytest.mark.parametrize("M", [1, 2, 3, 5])
 def test_sir_has_its_finite_law(M):
-    picks = SIR(M, chunk=2).draw(log_r, outcomes(50_000), generator(M))
+    picks = SIR(M, chunk=2).draw(log_r, outcomes(50_000), rng(M))
     assert chi_square_p(picks, sir_law(M)) > 1e-6
-    assert chi_square_p(picks, R * P / (R * P).sum()) < 1e-6             # broken: the limit instead of the law of M
+    assert chi_square_p(picks, TARGET) < 1e-6             # broken: the limit instead of the law of M
     assert chi_square_p(picks, sir_law(M + 1)) < 1e-6                    # broken: off by one
     assert chi_square_p(picks, sir_law(M, r=R.sqrt())) < 1e-6 or M == 1  # broken: weights at half the log ratio
 
 
 def test_a_constant_ratio_gives_the_base():
-    picks = SIR(5).draw(lambda z: torch.full(z.shape, 300.0), outcomes(50_000), generator())
+    picks = SIR(5).draw(lambda z: torch.full(z.shape, 300.0), outcomes(50_000), rng())
     assert chi_square_p(picks, P) > 1e-6 and chi_square_p(picks, sir_law(2)) < 1e-6
 
 
 def test_tied_weights_are_picked_uniformly():
     z, log_w = torch.arange(8).expand(50_000, 8).T, torch.zeros(8, 50_000)
-    with seeded(generator()):
+    with seeded(rng()):
         keys = next(_propose(outcomes(50_000), 8, 64))[1]
     picks = race(z, log_w, keys).z
     assert chi_square_p(picks, torch.full((8,), 1 / 8).double()) > 1e-6
-    coarse = -torch.rand(8, 50_000, generator=generator()).mul(4).ceil().log()       # broken: keys of 4 values
+    coarse = -torch.rand(8, 50_000, generator=rng()).mul(4).ceil().log()       # broken: keys of 4 values
     assert chi_square_p(race(z, log_w, coarse).z, torch.full((8,), 1 / 8).double()) < 1e-6
 
 
 def test_the_mean_ratio_is_unbiased():
-    Z = exp(0.25) / sqrt(2)                                                          # of the tilt
-    estimates = SIR(50).resample(tilt, normal(20_000, 1), generator()).log_mean_ratio.exp()
+    estimates = SIR(50).resample(tilt, normal(20_000, 1), rng()).log_mean_ratio.exp()
     error = estimates.std() / sqrt(len(estimates))
-    assert abs(estimates.mean() - Z) < 5 * error
-    assert abs(estimates.mean() * 50 / 49 - Z) > 5 * error                           # broken: M - 1 in the mean
+    assert abs(estimates.mean() - TILT_Z) < 5 * error
+    assert abs(estimates.mean() * 50 / 49 - TILT_Z) > 5 * error                           # broken: M - 1 in the mean
 
 
 # groups
 
-class Coins(TopDownVAE):
-    "Two fair coins; the second one's ratio depends on the first."
-    latent_shapes, context_shapes = [torch.Size([])] * 2, [None, torch.Size([])]
-
-    def walk(self, choose, *, n=None, evidence=None):
-        fair = Categorical(logits=torch.zeros(n, 2))
-        z1 = choose(Step(0, None, fair, None))
-        z2 = choose(Step(1, z1, fair, None))
-        return Trace([z1, z2], [], Normal(z2.float(), 1.0))
-
-
-class Table:
-    "log r(z, c) from a table: [contexts, outcomes]."
-    def __init__(self, table):
-        self.log_table = torch.tensor(table).log()
-
-    def condition(self, context):
-        def log_ratio(z):
-            return self.log_table[torch.zeros_like(z) if context is None else context.expand(z.shape), z]
-        return log_ratio
-
-
-def coins():
-    return SimpleNamespace(vae=Coins(), ratios=[Table([[1.0, 3.0]]), Table([[1.0, 1.0], [4.0, 2.0]])])
-
-
 @pytest.mark.parametrize("budgets", [3, [3, 3], [1, 4], (4, 1)])
 def test_groups_are_drawn_one_after_the_other(budgets):
-    z1, z2 = SIR(budgets).sample(coins(), 50_000, generator=generator()).latents
+    z1, z2 = SIR(budgets).sample(coins((1.0, 3.0)), 50_000, generator=rng()).latents
     first, second = (3, 3) if budgets == 3 else budgets
     half = torch.full((2,), 0.5, dtype=torch.float64)
 
@@ -292,36 +221,21 @@ def test_groups_are_drawn_one_after_the_other(budgets):
 
 def test_budgets_must_fit_the_groups():
     with pytest.raises(ValueError, match="3 budgets for 2"):
-        SIR([1, 2, 3]).sample(coins(), 5)
+        SIR([1, 2, 3]).sample(coins((1.0, 3.0)), 5)
     with pytest.raises(ValueError, match="for_group"):
         SIR([1, 2]).draw(log_r, outcomes(5))
 
 
-class Flat(FlatVAE):
-    def likelihood(self, z):
-        return diagonal_normal(z, torch.ones_like(z))
-
-
-class Network(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-
-    def condition(self, context):
-        return lambda z: self.net(z).squeeze(-1)
-
-
 def test_sample_works_on_a_network_and_leaves_it_alone():
-    network = Network()
-    trace = SIR(70).sample(SimpleNamespace(vae=Flat(2), ratios=[network]), 4, generator=generator())
+    network = MLPRatio(2, hidden=(8,))
+    trace = SIR(70).sample(NoiseContrastivePrior(AddedNoise(2), [network]), 4, generator=rng())
     assert trace.latents[0].shape == (4, 2) and not trace.latents[0].requires_grad
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_sample_scales_the_base_prior():
-    flat = SimpleNamespace(vae=Flat(1), ratios=[SimpleNamespace(condition=lambda c: lambda z: 0 * z[..., 0])])
-    z = SIR(5).sample(flat, 5000, temperature=0.5, generator=generator()).latents[0]
+    flat = NoiseContrastivePrior(AddedNoise(1), [Function(lambda z: 0 * z[..., 0])])
+    z = SIR(5).sample(flat, 5000, temperature=0.5, generator=rng()).latents[0]
     assert errors(z, 0.0, 0.25) < 5 < errors(z, 0.0, 1.0)                             # broken: no temperature
 
 
@@ -336,7 +250,7 @@ def test_a_sampler_must_define_draw():
 def test_k_hat_of_exponentials_is_known(rate):
     "Target Exp(1), proposal Exp(rate): k = 1 - 1 / rate. The standard error of a mean of 20 is about 0.02."
     def k_hat(of, seed):
-        z = torch.empty(20_000, dtype=torch.float64).exponential_(of, generator=generator(seed))
+        z = torch.empty(20_000, dtype=torch.float64).exponential_(of, generator=rng(seed))
         return pareto_k_hat((of - 1) * z + 17.0)                          # a constant does no harm
     mean = torch.tensor([k_hat(rate, seed) for seed in range(20)]).mean()
     broken = torch.tensor([k_hat(2 * rate, seed) for seed in range(20)]).mean()
@@ -346,7 +260,7 @@ def test_k_hat_of_exponentials_is_known(rate):
 def test_k_hat_is_about_the_tail_that_the_draws_have_reached():
     "Log-normal weights have all moments (k = 0), yet k-hat stands above 1, and falls as more draws reach further."
     def k_hat(S):
-        values = torch.tensor([pareto_k_hat(6.3 * torch.randn(S, generator=generator(seed))) for seed in range(20)])
+        values = torch.tensor([pareto_k_hat(6.3 * torch.randn(S, generator=rng(seed))) for seed in range(20)])
         return values.mean().item(), values.std().item() / sqrt(20)
     (few, few_error), (many, many_error) = k_hat(500), k_hat(50_000)
     assert few - 5 * few_error > 1 > k_hat_threshold(500)
@@ -354,7 +268,7 @@ def test_k_hat_is_about_the_tail_that_the_draws_have_reached():
 
 
 def test_k_hat_at_its_ends():
-    g = generator()
+    g = rng()
     assert isnan(pareto_k_hat(torch.randn(24, generator=g))) and not isnan(pareto_k_hat(torch.randn(25, generator=g)))
     assert isnan(pareto_k_hat(torch.zeros(1000)))
     assert pareto_k_hat(1e4 * torch.randn(1000, generator=g)) == inf      # one weight has everything
@@ -367,8 +281,8 @@ def test_k_hat_at_its_ends():
 
 
 def test_k_hat_of_weights_with_a_gradient_and_in_any_order():
-    log_w = torch.randn(1000, generator=generator())
-    shuffled = log_w[torch.randperm(1000, generator=generator(1))].requires_grad_()
+    log_w = torch.randn(1000, generator=rng())
+    shuffled = log_w[torch.randperm(1000, generator=rng(1))].requires_grad_()
     assert pareto_k_hat(shuffled) == pareto_k_hat(log_w)
 
 

@@ -7,6 +7,7 @@ from math import log
 
 import pytest
 import torch
+from exact import Function, Table
 from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.nn.functional import softplus
@@ -38,18 +39,6 @@ SCORE = (Q2 / P2).log()
 FIRST = tensor([[0.6, 0.0, -0.4], [-0.5, 0.1, 1.2]])     # stage one: not half of anything
 RESIDUAL = SCORE - FIRST
 LOG_Z = (P2 * FIRST.exp()).sum(1, keepdim=True).log()
-
-
-class Table(RatioEstimator):
-    "log r(z_2, z_1); the context is z_1."
-
-    def __init__(self, logits):
-        super().__init__()
-        self.register_buffer("logits", logits)
-
-    def condition(self, context):
-        table = self.logits[context]
-        return lambda z: table.expand(*z.shape, -1).gather(-1, z[..., None]).squeeze(-1)
 
 
 class Exact(Sampler):
@@ -121,7 +110,7 @@ def test_the_minimum_is_the_residual_for_every_pool(M):
 # ---- stage_negatives, by its draws -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler", [SIR(1), SIR(2), SIR(16), SIR([9, 3]), SIR(130, chunk=7)], ids=lambda s: str(s.proposals))
-@pytest.mark.parametrize("ratio", [Table(FIRST), StagedRatio([StagedRatio([Table(0.3 * FIRST), Table(0.5 * FIRST)]), Table(0.2 * FIRST)])],
+@pytest.mark.parametrize("ratio", [Table(FIRST.exp()), StagedRatio([StagedRatio([Table((0.3 * FIRST).exp()), Table((0.5 * FIRST).exp())]), Table((0.2 * FIRST).exp())])],
                          ids=["one stage", "three stages"])
 def test_the_gradient_vanishes_at_the_residual(sampler, ratio):
     "Also with a budget for each group, a budget of one, and a base that is itself a product of stages."
@@ -137,7 +126,7 @@ def test_the_gradient_vanishes_at_the_residual(sampler, ratio):
 def test_the_picks_of_one_proposal_are_the_prior_and_are_told_their_own_ratio():
     "SIR(1) was taken for draws of r p once: the stage then counted the first one twice."
     step, z_q = table_step(1000, seed=1)
-    found, log_ratio = stage_negatives(Table(FIRST), SIR(1), step, z_q), Table(FIRST).condition(step.context)
+    found, log_ratio = stage_negatives(Table(FIRST.exp()), SIR(1), step, z_q), Table(FIRST.exp()).condition(step.context)
     assert torch.allclose(found.offset_q, log_ratio(z_q)) and torch.allclose(found.offset_p, log_ratio(found.z))
 
 
@@ -148,7 +137,7 @@ def test_the_free_check_of_a_later_stage_is_that_of_the_product(monkeypatch):
     logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(3)).double()
     truth = (Q1[:, None] * P2 * (FIRST + logits).exp()).sum().log()
     for sampler in (SIR(2), SIR(8), Exact()):
-        found = stage_negatives(Table(FIRST), sampler, step, z_q)
+        found = stage_negatives(Table(FIRST.exp()), sampler, step, z_q)
         mean = log_mean_ratio(logits[step.context, found.z] + found.offset_p)
         assert abs(mean.value - truth) < FIVE * mean.std_error
         silent = log_mean_ratio(logits[step.context, found.z])
@@ -156,9 +145,9 @@ def test_the_free_check_of_a_later_stage_is_that_of_the_product(monkeypatch):
 
 
 def test_beside_another_sampler_the_optimum_has_the_bias_of_its_pool(monkeypatch):
-    """With POOL draws of their own for Z-hat, both sides: e^l = q / (r p) Z E[1/(1 + Z-hat e^l)] / E[Z-hat/(1 + Z-hat e^l)].
+    """With _POOL draws of their own for Z-hat, both sides: e^l = q / (r p) Z E[1/(1 + Z-hat e^l)] / E[Z-hat/(1 + Z-hat e^l)].
 
-    For POOL = 2 it is solved by enumeration, and the gradient vanishes there and not at the residual; for 1000 it
+    For _POOL = 2 it is solved by enumeration, and the gradient vanishes there and not at the residual; for 1000 it
     vanishes at the residual, whose error is then 1e-3 at most."""
     r, pools = FIRST.exp(), list(product(range(3), repeat=2))
     chance = torch.stack([P2[:, list(pool)].prod(1) for pool in pools])                      # [pools, z1]
@@ -169,12 +158,12 @@ def test_beside_another_sampler_the_optimum_has_the_bias_of_its_pool(monkeypatch
         biased = RESIDUAL + LOG_Z + inverse.sum(0).log() - (inverse * mean[..., None]).sum(0).log()
     step, z_q = table_step(400_000, seed=4)
     monkeypatch.setattr(stages, "_POOL", 2)
-    found = stage_negatives(Table(FIRST), Exact(), step, z_q)
+    found = stage_negatives(Table(FIRST.exp()), Exact(), step, z_q)
     assert found.offset_q is found.offset_p
     assert scores(biased, step, z_q, found).abs().max() < FIVE < 2 * FIVE < scores(RESIDUAL, step, z_q, found).abs().max()
     monkeypatch.undo()
     step, z_q = table_step(15_000, seed=5)
-    found = stage_negatives(Table(FIRST), Exact(), step, z_q)
+    found = stage_negatives(Table(FIRST.exp()), Exact(), step, z_q)
     assert scores(RESIDUAL, step, z_q, found).abs().max() < FIVE
     assert scores(RESIDUAL + LOG_Z, step, z_q, found).abs().max() > 2 * FIVE
 
@@ -185,19 +174,11 @@ def test_whatever_stage_one_was():
     m, n = 1.0, 40_000
     step = Step(0, None, diagonal_normal(torch.zeros(n, 1), torch.ones(n, 1)), None)
 
-    class Tilt(RatioEstimator):
-        def __init__(self, a):
-            super().__init__()
-            self.a = a
-
-        def condition(self, context):
-            return lambda z: self.a * z.squeeze(-1)
-
     for a in (-0.5, 0.5, 1.0, 1.5):
         for M in (1, 5, 500):
             torch.manual_seed(6)
             z_q = torch.randn(n, 1) + m
-            found = stage_negatives(Tilt(a), SIR(M), step, z_q)
+            found = stage_negatives(Function(lambda z: a * z.squeeze(-1)), SIR(M), step, z_q)
             residual = lambda z: ((m - a) * z - m**2 / 2).squeeze(-1)
             for told in (True, False):
                 at_q, at_p = residual(z_q) + told * found.offset_q, residual(found.z) + told * found.offset_p
@@ -216,7 +197,7 @@ def test_first_stage_is_told_nothing():
 
 def test_a_sampler_with_a_law_of_its_own_keeps_it():
     step, z_q = table_step(5000, seed=8)
-    found = stage_negatives(Table(FIRST), ByDefault(4), step, z_q)
+    found = stage_negatives(Table(FIRST.exp()), ByDefault(4), step, z_q)
     share = torch.stack([torch.bincount(found.z[step.context == z1], minlength=3) for z1 in range(2)]).double()
     error = (P2 * (1 - P2) / share.sum(1, keepdim=True)).sqrt()
     assert ((share / share.sum(1, keepdim=True) - P2).abs() < FIVE * error).all()
@@ -230,14 +211,14 @@ def test_without_context_a_chain_is_told_nothing():
 
 def test_rows_without_any_weight_are_refused():
     step, z_q = table_step(100, seed=9)
-    nothing = Table(torch.full((2, 3), -torch.inf, dtype=torch.float64))
+    nothing = Table(torch.zeros(2, 3, dtype=torch.float64))
     for sampler in (SIR(1), SIR(3)):
         with pytest.raises(ValueError, match=f"all {sampler.proposals} ratios of a row are zero"):
             stage_negatives(nothing, sampler, step, z_q)
     broken = Table(torch.full((2, 3), torch.nan, dtype=torch.float64))
     with pytest.raises(ValueError, match="NaN"):
         stage_negatives(broken, SIR(3), step, z_q)
-    some = Table(tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, -torch.inf]]))       # a positive of weight zero is no reason
+    some = Table(tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]))       # a positive of weight zero is no reason
     found = stage_negatives(some, SIR(30), step, z_q)
     assert found.offset_q.isfinite().all() and (found.z != 2).all()
 
@@ -246,19 +227,15 @@ def test_offsets_do_not_feel_an_autocast():
     "bf16 keeps 8 bits: at a logit of 20 its steps are 0.06 nats."
     torch.manual_seed(10)
     ratio, z_q = nn.Linear(3, 1), torch.randn(64, 3)
-
-    class Steep(RatioEstimator):
-        def condition(self, context):
-            return lambda z: 20 * ratio(z).squeeze(-1)
-
+    steep = Function(lambda z: 20 * ratio(z).squeeze(-1))
     step, found = Step(0, None, diagonal_normal(torch.zeros(64, 3), torch.ones(64, 3)), None), []
     for enabled in (False, True):
         torch.manual_seed(11)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found.append(stage_negatives(Steep(), SIR(5), step, z_q))
-            inside = Steep()(z_q)
+            found.append(stage_negatives(steep, SIR(5), step, z_q))
+            inside = steep(z_q)
     assert torch.equal(found[0].offset_q, found[1].offset_q) and torch.equal(found[0].z, found[1].z)
-    assert (inside - Steep()(z_q)).abs().max() > 1e-3                              # twin: it would have been felt
+    assert (inside - steep(z_q)).abs().max() > 1e-3                              # twin: it would have been felt
     assert not found[1].offset_p.requires_grad
 
 

@@ -4,14 +4,11 @@ Every statistical test has fixed seeds and accepts |z| < 5: a correct implementa
 one seed in 1.7 million. Each has a broken twin that the same test must refuse."""
 import pytest
 import torch
+from exact import rng
 from torch.distributions import Categorical, Exponential, Independent, Normal
 
 from ncp_vae.walk import (FlatVAE, Step, TopDownVAE, Trace, at_least_float32, check_trace, diagonal_normal, draw,
                           from_posterior, from_prior, replay, rows, seeded, tempered)
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
 
 
 class Flat(FlatVAE):
@@ -62,7 +59,7 @@ MODELS = [Flat((2,)).double(), Flat((1, 2)).double(), Chain(1), Chain(3)]
 
 @pytest.mark.parametrize("vae", MODELS)
 def test_replay_reproduces_the_trace(vae):
-    trace = vae.walk(from_posterior(seed(0)), evidence=vae.encode(X))
+    trace = vae.walk(from_posterior(rng(0)), evidence=vae.encode(X))
     again = vae.walk(replay(trace.latents), evidence=vae.encode(X))
     assert torch.equal(again.log_prior(), trace.log_prior())
     assert torch.equal(again.log_posterior(), trace.log_posterior())
@@ -82,7 +79,7 @@ def test_shapes_are_the_declared_ones(vae):
 
 
 def test_densities_are_sums_over_groups_by_hand():
-    trace = Chain(3).walk(from_posterior(seed(1)), evidence=X)
+    trace = Chain(3).walk(from_posterior(rng(1)), evidence=X)
     total, log_p, log_q = torch.zeros(3, 2, dtype=torch.float64), 0, 0
     for z in trace.latents:
         scale = 0.5 + total**2 / (1 + total**2)
@@ -97,7 +94,7 @@ def test_densities_are_sums_over_groups_by_hand():
 @pytest.mark.parametrize("choose", [from_prior, lambda generator: from_prior(0.7, generator), from_posterior])
 def test_a_seed_fixes_the_walk_and_spares_the_global_state(vae, choose):
     before = torch.get_rng_state()
-    a, b, c = (torch.cat([z.flatten() for z in vae.walk(choose(generator=seed(s)), evidence=vae.encode(X)).latents])
+    a, b, c = (torch.cat([z.flatten() for z in vae.walk(choose(generator=rng(s)), evidence=vae.encode(X)).latents])
                for s in (7, 7, 8))
     assert torch.equal(a, b) and not torch.isclose(a, c).any()
     assert torch.equal(torch.get_rng_state(), before)
@@ -105,16 +102,16 @@ def test_a_seed_fixes_the_walk_and_spares_the_global_state(vae, choose):
 
 def test_seeded_restores_after_an_error_and_nests():
     before = torch.get_rng_state()
-    with pytest.raises(KeyError), seeded(seed(0)):
+    with pytest.raises(KeyError), seeded(rng(0)):
         torch.randn(3)
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
 
     def outer(inside):
-        with seeded(seed(1)):
+        with seeded(rng(1)):
             first = torch.randn(2)
             if inside:
-                with seeded(seed(2)):
+                with seeded(rng(2)):
                     torch.randn(5)
             return torch.cat([first, torch.randn(2)])
     assert torch.equal(outer(True), outer(False))
@@ -130,7 +127,7 @@ def test_without_a_generator_the_global_state_is_used_and_moves():
 
 
 def test_a_generator_moves_on_between_blocks():
-    generator, draws = seed(0), []
+    generator, draws = rng(0), []
     for _ in range(50):
         with seeded(generator):
             draws.append(torch.rand(()).item())
@@ -142,7 +139,7 @@ def test_seeded_on_a_gpu():
     torch.cuda.init()
     before, draws = torch.cuda.get_rng_state(), []
     for number in (3, 3, 4):
-        with seeded(seed(number)):
+        with seeded(rng(number)):
             draws.append(torch.randn(4, device="cuda"))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert torch.equal(torch.cuda.get_rng_state(), before)
@@ -184,13 +181,13 @@ def test_the_helpers():
 def test_a_chooser_that_keeps_the_top_agrees_with_the_two_at_its_ends():
     "The answer to an exercise of the chapter: posterior above a level, prior below it, one generator for both."
     def keep_top(levels):
-        generator = seed(15)
+        generator = rng(15)
         kept, redrawn = from_posterior(generator), from_prior(generator=generator)
         return lambda step: kept(step) if step.index < levels else redrawn(step)
 
     def latents(choose):
         return torch.stack(MODELS[3].walk(choose, evidence=X).latents)
-    top, prior = latents(from_posterior(seed(15))), latents(from_prior(generator=seed(15)))
+    top, prior = latents(from_posterior(rng(15))), latents(from_prior(generator=rng(15)))
     assert torch.equal(latents(keep_top(3)), top) and torch.equal(latents(keep_top(0)), prior)
     mixed = latents(keep_top(2))
     assert torch.equal(mixed[:2], top[:2]) and not torch.isclose(mixed[2], top[2]).any()
@@ -199,15 +196,15 @@ def test_a_chooser_that_keeps_the_top_agrees_with_the_two_at_its_ends():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_walk_on_a_gpu():
     vae, x = Flat((2,)).cuda(), X.float().cuda()
-    trace = check_trace(vae, vae.walk(from_posterior(seed(0)), evidence=vae.encode(x)), 3)
+    trace = check_trace(vae, vae.walk(from_posterior(rng(0)), evidence=vae.encode(x)), 3)
     again = vae.walk(replay(trace.latents), evidence=vae.encode(x))
     assert trace.latents[0].device == x.device and torch.equal(again.log_prior(), trace.log_prior())
-    a, b = (vae.walk(from_prior(0.7, seed(1)), n=3).latents[0] for _ in range(2))
+    a, b = (vae.walk(from_prior(0.7, rng(1)), n=3).latents[0] for _ in range(2))
     assert torch.equal(a, b) and a.device == x.device
 
 
 def test_the_trace_keeps_the_untempered_prior():
-    trace = MODELS[3].walk(from_prior(0.3, seed(0)), n=4)
+    trace = MODELS[3].walk(from_prior(0.3, rng(0)), n=4)
     torch.testing.assert_close(trace.log_prior(), MODELS[3].walk(replay(trace.latents), n=4).log_prior())
 
 
@@ -284,12 +281,12 @@ class Forgetful(Chain):
 def test_check_trace_refuses_shapes_that_would_broadcast(what, words):
     vae = Forgetful(what)
     with pytest.raises(ValueError, match=words):
-        check_trace(vae, vae.walk(from_posterior(seed(0)), evidence=X), 3)
+        check_trace(vae, vae.walk(from_posterior(rng(0)), evidence=X), 3)
 
 
 @pytest.mark.parametrize("vae", MODELS)
 def test_check_trace_passes_what_fits(vae):
-    trace = vae.walk(from_posterior(seed(0)), evidence=vae.encode(X))
+    trace = vae.walk(from_posterior(rng(0)), evidence=vae.encode(X))
     assert check_trace(vae, trace, 3) is trace
     with pytest.raises(ValueError, match=r"expected \(4,\)"):
         check_trace(vae, trace, 4)
@@ -318,14 +315,14 @@ def check_independent(a, b):
 
 @pytest.mark.parametrize("t", [0.4, 1.0, 1.3])
 def test_temperature_is_the_std_of_every_group(t):
-    noise = noise_of(Chain(3).walk(from_prior(t, seed(11)), n=N))
+    noise = noise_of(Chain(3).walk(from_prior(t, rng(11)), n=N))
     check_spread(noise, t)
     check_mean(noise, 0.0)
 
 
 def test_temperature_broken_twin_scales_the_variance():
     def choose(step):
-        with seeded(seed(11 + step.index)):
+        with seeded(rng(11 + step.index)):
             return step.prior.mean + 0.7**0.5 * step.prior.stddev * torch.randn_like(step.prior.mean)
     with pytest.raises(AssertionError, match="spread"):
         check_spread(noise_of(Chain(3).walk(choose, n=N)), 0.7)
@@ -336,13 +333,13 @@ def standardised_by_posterior(trace):
 
 
 def test_from_posterior_draws_the_posterior():
-    noise = standardised_by_posterior(Chain(3).walk(from_posterior(seed(12)), evidence=X[:1].expand(N, -1)))
+    noise = standardised_by_posterior(Chain(3).walk(from_posterior(rng(12)), evidence=X[:1].expand(N, -1)))
     check_spread(noise, 1.0)
     check_mean(noise, 0.0)
 
 
 def test_from_posterior_broken_twin_draws_the_prior():
-    noise = standardised_by_posterior(Chain(3).walk(from_prior(generator=seed(12)), evidence=X[:1].expand(N, -1)))
+    noise = standardised_by_posterior(Chain(3).walk(from_prior(generator=rng(12)), evidence=X[:1].expand(N, -1)))
     with pytest.raises(AssertionError):
         check_spread(noise, 1.0)
     with pytest.raises(AssertionError):
@@ -350,13 +347,13 @@ def test_from_posterior_broken_twin_draws_the_prior():
 
 
 def test_groups_have_independent_noise():
-    noise = noise_of(Chain(3).walk(from_prior(generator=seed(13)), n=N))
+    noise = noise_of(Chain(3).walk(from_prior(generator=rng(13)), n=N))
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         check_independent(noise[a, :, 0], noise[b, :, 0])
 
 
 def test_independence_broken_twin_reseeds_every_group():
-    noise = noise_of(Chain(3).walk(lambda step: from_prior(generator=seed(13))(step), n=N))
+    noise = noise_of(Chain(3).walk(lambda step: from_prior(generator=rng(13))(step), n=N))
     with pytest.raises(AssertionError, match="correlation"):
         check_independent(noise[0, :, 0], noise[1, :, 0])
 
@@ -365,7 +362,7 @@ def test_blocks_of_one_generator_are_independent():
     def block(generator):
         with seeded(generator):
             return torch.randn(N)
-    generator = seed(14)
+    generator = rng(14)
     check_independent(block(generator), block(generator))
     with pytest.raises(AssertionError, match="correlation"):              # the broken twin: a fresh generator each time
-        check_independent(block(seed(14)), block(seed(14)))
+        check_independent(block(rng(14)), block(rng(14)))
