@@ -151,8 +151,8 @@ def same_there(call, model, x):
 
 @pytest.mark.parametrize("name, call", PAIRS, ids=[f"{name}: {call}" for name, call in PAIRS])
 def test_a_model_elsewhere_does_what_it_does_on_the_cpu(name, call, monkeypatch):
-    monkeypatch.setattr(chains, "WARM_UP", 2)             # of an HMC that tunes its step
-    monkeypatch.setattr(hierarchy, "RUNS", 2)             # of SMC, for log Z
+    monkeypatch.setattr(chains, "_WARM_UP", 2)             # of an HMC that tunes its step
+    monkeypatch.setattr(hierarchy, "_RUNS", 2)             # of SMC, for log Z
     same_there(CALLS[call], ncp_named(name), images_for(name))
 
 
@@ -375,7 +375,7 @@ def test_the_warm_up_of_hmc_waits_once_a_path(monkeypatch):
     ncp = ncp_named("flat")
     with elsewhere():
         def warmed(paths):
-            monkeypatch.setattr(chains, "WARM_UP", paths)
+            monkeypatch.setattr(chains, "_WARM_UP", paths)
             ncp.to(THERE).sample(2, HMC(1, leapfrog=2), generator=rng())
         assert waits_of_a_step(warmed) == {"chains._dual_averaging": 1}
 
