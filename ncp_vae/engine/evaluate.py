@@ -218,11 +218,10 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
 def _image_columns(draws: dict[str, Callable], scorer: ImageScorer) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about images; draws[name](n, generator) gives n of them."
     scores = {name: scorer.score(draw) for name, draw in draws.items()}
-    first, *others = scores
-    columns = {name: dict(distance=score.distance) for name, score in scores.items()}
-    for name in others:
-        columns[name]["lower_by"] = lower_by(scores[first], scores[name])
-    return columns
+    first = next(iter(scores))
+    lower = {name: {} if name == first else dict(lower_by=lower_by(scores[first], score))
+             for name, score in scores.items()}
+    return {name: dict(distance=score.distance, **lower[name]) for name, score in scores.items()}
 
 def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, draws: int,
            samplers: dict) -> None:
@@ -247,8 +246,8 @@ def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, 
 def table_of(rows: dict[str, dict[str, Measured]]) -> str:
     "The rows of `compare` as aligned text: a line a prior, a column a quantity, with errors."
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [["", *columns]]
-    cells += [[name, *(row[c].short() if c in row else "" for c in columns)] for name, row in rows.items()]
+    cells = [["", *columns], *([name, *(row[c].short() if c in row else "" for c in columns)]
+                               for name, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
