@@ -196,7 +196,7 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
     images: [copies * N, *image], all in their first binarisation, then in the second, and so on. num_samples:
     S posterior draws an image. log_z_samples, method: of log Z, see `log_partition`. proposals: M of the SIR
     density, one int or one a group, None for no bound; it is for the first bound_images (None: N), in whole
-    parts. draws: samples whose latents are compared, by samplers[name] (where absent the prior's own). scorer:
+    parts. draws: samples whose latents are compared, by samplers[name] (else by the prior's own). scorer:
     what measures images (`ImageScorer`). keep(name, compute) may remember what was computed (`Run.once`).
     Raises ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
     _check(priors, images, bound_images, copies, draws, samplers)
