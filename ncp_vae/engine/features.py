@@ -143,7 +143,7 @@ def fit_features(images: Tensor, labels: Tensor | None = None, *, steps: int, ba
 
     In eval mode, on the training device. images: [N, C, H, W] in [0, 1]. labels: [N] of int64, from 0 up;
     None: turns are told apart, batch_size counting the turned images. The rest: see `train.fit`; the seed
-    draws the first weights too. ValueError on images or labels of another form, or a checkpoint of other ones."""
+    draws the first weights too. ValueError on images or labels of another form, or a checkpoint of others."""
     if check_images(images).dim() != 4 or len(images) <= 64:
         raise ValueError("images must be [N, C, H, W] with N above 64, the number of features; got "
                          f"{tuple(images.shape)}")
