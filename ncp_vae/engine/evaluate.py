@@ -115,10 +115,6 @@ def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed:
         table[name] = row
     return table
 
-def _generator(seed: int, key: int) -> torch.Generator:
-    "Of what is drawn once for all images."
-    return torch.Generator().manual_seed(seed * 1_000_003 + key)
-
 # %% ../../nbs/engine/evaluate.ipynb #2e8d895b
 def _bound_columns(prior: ReweightedPrior, bound: Tensor, base: Tensor, log_z_samples: int,
                    proposals: int | Sequence[int], base_error: float,
@@ -131,6 +127,10 @@ def _bound_columns(prior: ReweightedPrior, bound: Tensor, base: Tensor, log_z_sa
     error = _pool_std_error(prior, log_z_samples, generator) * (log_z_samples / (first * pools)) ** 0.5
     return dict(bound=mean_of(bound, "lower bound", shared_error=error),
                 gain_bound=mean_of(bound - base[:len(bound)], shared_error=hypot(error, base_error)))
+
+def _generator(seed: int, key: int) -> torch.Generator:
+    "Of what is drawn once for all images."
+    return torch.Generator().manual_seed(seed * 1_000_003 + key)
 
 # %% ../../nbs/engine/evaluate.ipynb #eea4fe26
 def block_mmd2(x: Tensor, y: Tensor, blocks: int = 10) -> Measured:
@@ -193,13 +193,12 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
             keep: Callable = lambda name, compute: compute()) -> dict[str, dict[str, Measured]]:
     """A row of measured numbers for each prior, by its name; differences are against the first.
 
-    images: [copies * N, *image], every image in its first binarisation, then in the second, and so on.
-    num_samples: S posterior draws an image. log_z_samples, method: of log Z, see `log_partition`.
-    proposals: M of the SIR density, one int or one a group, None for no bound; it is for the first
-    bound_images (None: N), in whole parts. draws: samples whose latents are compared, by samplers[name]
-    (where absent the prior's own). scorer: what measures images (`ImageScorer`). keep(name, compute) may
-    remember what was computed (`Run.once`). Raises ValueError where the numbers do not fit each other, or
-    log Z cannot be estimated."""
+    images: [copies * N, *image], all in their first binarisation, then in the second, and so on. num_samples:
+    S posterior draws an image. log_z_samples, method: of log Z, see `log_partition`. proposals: M of the SIR
+    density, one int or one a group, None for no bound; it is for the first bound_images (None: N), in whole
+    parts. draws: samples whose latents are compared, by samplers[name] (else by the prior's own). scorer:
+    what measures images (`ImageScorer`). keep(name, compute) may remember what was computed (`Run.once`).
+    Raises ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
     _check(priors, images, bound_images, copies, draws, samplers)
     bounded = len(images) // copies if bound_images is None else bound_images
     table = _likelihood_columns(priors, images, num_samples=num_samples, seed=seed,
@@ -218,11 +217,10 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
 def _image_columns(draws: dict[str, Callable], scorer: ImageScorer) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about images; draws[name](n, generator) gives n of them."
     scores = {name: scorer.score(draw) for name, draw in draws.items()}
-    first, *others = scores
-    columns = {name: dict(distance=score.distance) for name, score in scores.items()}
-    for name in others:
-        columns[name]["lower_by"] = lower_by(scores[first], scores[name])
-    return columns
+    first = next(iter(scores))
+    lower = {name: {} if name == first else dict(lower_by=lower_by(scores[first], score))
+             for name, score in scores.items()}
+    return {name: dict(distance=score.distance, **lower[name]) for name, score in scores.items()}
 
 def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, draws: int,
            samplers: dict) -> None:
@@ -247,8 +245,8 @@ def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, 
 def table_of(rows: dict[str, dict[str, Measured]]) -> str:
     "The rows of `compare` as aligned text: a line a prior, a column a quantity, with errors."
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [["", *columns]]
-    cells += [[name, *(row[c].short() if c in row else "" for c in columns)] for name, row in rows.items()]
+    cells = [["", *columns], *([name, *(row[c].short() if c in row else "" for c in columns)]
+                               for name, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 

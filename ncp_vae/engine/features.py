@@ -143,8 +143,7 @@ def fit_features(images: Tensor, labels: Tensor | None = None, *, steps: int, ba
 
     In eval mode, on the training device. images: [N, C, H, W] in [0, 1]. labels: [N] of int64, from 0 up;
     None: turns are told apart, batch_size counting the turned images. The rest: see `train.fit`; the seed
-    also draws the first weights. Raises ValueError on images or labels of another form, or a checkpoint of
-    other data, another task or other settings."""
+    draws the first weights too. ValueError on images or labels of another form, or a checkpoint of others."""
     if check_images(images).dim() != 4 or len(images) <= 64:
         raise ValueError("images must be [N, C, H, W] with N above 64, the number of features; got "
                          f"{tuple(images.shape)}")
@@ -153,15 +152,13 @@ def fit_features(images: Tensor, labels: Tensor | None = None, *, steps: int, ba
         torch.manual_seed(seed)
         net = FeatureNet(images.shape[1:], classes, labelled=labels is not None)
     rows = images.float().flatten(1)
-    about = dict(image_shape=list(net.image_shape))
     if labels is None:
         loss = _TurnLoss(net)
         batch_size = max(1, batch_size // classes)
-        about["task"] = "turns"
     else:
         loss = _FeatureLoss(net)
         rows = torch.cat([labels[:, None], rows], dim=1)
-    about["data"] = crc32(rows.cpu().numpy())
+    about = dict(image_shape=list(net.image_shape), labelled=net.labelled, data=crc32(rows.cpu().numpy()))
     fit(loss, rows, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="features", about=about,
         checkpoint=checkpoint)
     net.spread.copy_(gaussian_fit(8 * embed(net, images))[1])

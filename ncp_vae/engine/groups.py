@@ -98,6 +98,7 @@ def record_groups(run, reports: Sequence[RatioReport], ess: Sequence[Measured], 
     print(f"KL(q || p), all groups: at least {total}")
     return total if labels else run.metric("kl_bound", total)
 
+# %% ../../nbs/engine/groups.ipynb #7281719f
 def _measured(report: RatioReport, name: str, n: int) -> Measured:
     "A number of a report with its error."
     kind = "lower bound" if name == "kl_bound" else "estimate"
