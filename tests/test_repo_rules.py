@@ -127,6 +127,11 @@ def test_clean_changes_nothing(tmp_path, command):
          if (ROOT / "nbs" / name).read_bytes() != (tmp_path / "nbs" / name).read_bytes())
 
 
+def test_no_line_of_code_is_longer_than_110_characters():
+    none(f"{where}, line {number}: {len(line)} characters" for where, cell in cells("code")
+         for number, line in enumerate(cell.source.split("\n"), 1) if len(line) > 110)
+
+
 def test_first_page_has_title_and_subtitle():
     def wrong(notebook):
         first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")

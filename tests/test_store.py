@@ -19,6 +19,7 @@ from ncp_vae.models.priors import GaussianMixture
 from ncp_vae.models.ratios import ConvRatio, MLPRatio
 from ncp_vae.nce import StagedRatio
 from ncp_vae.prior import NoiseContrastivePrior
+from ncp_vae.resampling import SIR
 from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
 
 CONFIG = NVAEConfig((1, 8, 8), (1, 1), channels=2, blocks=0, cells_per_block=1, latent_channels=2, cells_per_group=1, mixtures=2)
@@ -177,3 +178,15 @@ def test_nothing_in_the_library_unpickles():
     for path in (Path(store.__file__).parents[1]).rglob("*.py"):
         for call in re.findall(r"torch\.load\([^\n]*", path.read_text(encoding="utf-8")):
             assert "weights_only=True" in call, (path.name, call)
+
+
+# ---- the model in the repository ------------------------------------------------------------------------------------
+
+def test_the_committed_model_is_whole_small_and_samples():
+    "Within 2 MB; read, walked and drawn from without the class being handed over or a data set at hand."
+    folder = Path(__file__).resolve().parents[1] / "pretrained" / "fashion_mnist"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
+    ncp = store.load(folder)
+    images = ncp.sample(3, SIR(20), generator=torch.Generator().manual_seed(0)).likelihood.mean
+    assert images.shape == (3, 1, 28, 28) and not ncp.training
+    assert not torch.equal(images, ncp.vae.sample(3, generator=torch.Generator().manual_seed(0)).likelihood.mean)

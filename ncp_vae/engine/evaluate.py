@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..bound import paired_iwae
 from .fid import ImageScorer, drawn_from, lower_by
 from .groups import device_of
+from .streams import stream
 from ..holes import c2st, mmd2
 from ..measured import Measured, mean_of
 from ..prior import Partition, ReweightedPrior
@@ -42,16 +43,15 @@ def _likelihoods_under(vae: TopDownVAE, reweighted: dict[str, ReweightedPrior], 
     """One value an image under a VAE's own prior, "", and those that reweight it, from the same walks: nats.
 
     NAME: [N]. "NAME bound": under the SIR density, of the first parts that hold `bounded` images."""
-    pools = {name: torch.Generator().manual_seed(seed * _PART + _PART - 1) for name in reweighted}
+    pools = {name: _generator(seed, "pools") for name in reweighted}
     found = {}
     for i, x in enumerate(tqdm(images.split(_PART), "likelihoods", mininterval=10.0, leave=False)):
         laws = {"": None, **{name: prior.normalised_log_ratio for name, prior in reweighted.items()}}
         if proposals is not None and i * _PART < bounded:
             laws |= {f"{name} bound": prior.sir_log_ratio(proposals, pools[name])
                      for name, prior in reweighted.items()}
-        part_seed = (seed * 1_000_003 + i) * 1_009 + 7
         with evaluating(*reweighted.values()):
-            values = log_likelihoods(vae, x, num_samples, part_seed, list(laws.values()))
+            values = log_likelihoods(vae, x, num_samples, stream(seed, "part", i), list(laws.values()))
         for name, row in zip(laws, values):
             found.setdefault(name, []).append(row)
     return {name: torch.cat(rows) for name, rows in found.items()}
@@ -94,7 +94,7 @@ def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed:
                         method: Partition | None, proposals, bound_images: int, copies: int,
                         keep: Callable) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about likelihoods."
-    log_z = {name: prior.log_partition(log_z_samples, _generator(seed, -1), method)
+    log_z = {name: prior.log_partition(log_z_samples, _generator(seed, "log Z"), method)
              for name, prior in priors.items() if isinstance(prior, ReweightedPrior)}
     values = _values_of(priors, images, num_samples=num_samples, proposals=proposals,
                         bound_images=bound_images, copies=copies, seed=seed, keep=keep)
@@ -109,7 +109,7 @@ def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed:
             row["gain"] = mean_of(gain, shared_error=hypot(error, shared[first]))
         if f"{name} bound" in values:
             row |= _bound_columns(priors[name], values[f"{name} bound"], values[first][0], log_z_samples,
-                                  proposals, shared[first], _generator(seed, -2))
+                                  proposals, shared[first], _generator(seed, "pool error"))
         if name in log_z:
             row["log_z"] = log_z[name]
         table[name] = row
@@ -128,9 +128,9 @@ def _bound_columns(prior: ReweightedPrior, bound: Tensor, base: Tensor, log_z_sa
     return dict(bound=mean_of(bound, "lower bound", shared_error=error),
                 gain_bound=mean_of(bound - base[:len(bound)], shared_error=hypot(error, base_error)))
 
-def _generator(seed: int, key: int) -> torch.Generator:
+def _generator(seed: int, key: str) -> torch.Generator:
     "Of what is drawn once for all images."
-    return torch.Generator().manual_seed(seed * 1_000_003 + key)
+    return torch.Generator().manual_seed(stream(seed, key))
 
 # %% ../../nbs/engine/evaluate.ipynb #eea4fe26
 def block_mmd2(x: Tensor, y: Tensor, blocks: int = 10) -> Measured:
@@ -145,15 +145,17 @@ def _sample_columns(priors: dict, images: Tensor, draws: int, samplers: dict[str
                     keep: Callable) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about the latents of `draws` samples, and the seconds that they took."
     vaes = dict.fromkeys(map(_walked, priors.values()))
-    posterior = {vae: keep(f"posterior-{i}", partial(walks_of, vae, draws, seed, images=images))[0]
-                 for i, vae in enumerate(vaes)}
+    posterior = {}
+    for i, vae in enumerate(vaes):
+        compute = partial(walks_of, vae, draws, stream(seed, "posterior"), images=images)
+        posterior[vae] = keep(f"posterior-{i}", compute)[0]
     table = {}
     for name, prior in priors.items():
-        compute = partial(_timed_latents, prior, draws, seed, samplers.get(name))
+        compute = partial(_timed_latents, prior, draws, stream(seed, "samples"), samplers.get(name))
         latents, seconds = keep(f"latents-{name}", compute)
         reference = posterior[_walked(prior)]
         table[name] = dict(mmd2=block_mmd2(latents, reference),
-                           told_apart=c2st(latents, reference, _generator(seed, -4)),
+                           told_apart=c2st(latents, reference, _generator(seed, "told apart")),
                            seconds=Measured(seconds / draws, n=draws, unit="s a sample"))
     return table
 

@@ -25,6 +25,7 @@ from .experiment import RunFolder
 from .features import (FeatureNet, fit_features, gaussian_distance, gaussian_fit,
                                      jackknife_error, left_out, precision_recall, turns_told)
 from .groups import device_of
+from .streams import stream
 from ..measured import Measured, mean_of
 from ..models.inception import STANDARD, load_inception
 from ..prior import ReweightedPrior
@@ -224,7 +225,7 @@ def _scores_of(real: Tensor, fake: Tensor, scorer: ImageScorer) -> ImageScores:
 # %% ../../nbs/engine/fid.ipynb #1cf62f62
 def _drawn(draw: Callable, seed: int, b: int, shape: tuple[int, ...]) -> Tensor:
     "Batch number b of generated images, a function of seed and b. ValueError where the shape is another."
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + b) * 1_009 + 11)
+    generator = torch.Generator().manual_seed(stream(seed, "images", b))
     with torch.no_grad(), seeded(generator):
         images = draw(shape[0], generator)
     if images.shape != shape:

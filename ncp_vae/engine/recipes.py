@@ -103,6 +103,10 @@ class AsSeen(Dataset):
     def __getitem__(self, index) -> Tensor:
         return as_seen(self.vae, self.data[index])
 
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        "A whole batch at once, [n, C, H, W]: what a `DataLoader` asks for."
+        return self[indices]
+
 # %% ../../nbs/engine/recipes.ipynb #dae349bb
 def hold_back(data: Rows | Stored, n: int) -> tuple[Subset, Tensor]:
     "All but the last n images, and these for validation: [n, C, H, W]. ValueError where too few are left."

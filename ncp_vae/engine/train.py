@@ -163,8 +163,9 @@ def _undisturbed(device: torch.device):
 def _seed(seed: int, device: torch.device) -> None:
     "Seed the random numbers of the CPU and of this device."
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    accelerator = getattr(torch, device.type, None)        # torch.cuda, torch.mps, ...
+    if device.type != "cpu" and accelerator is not None:
+        accelerator.manual_seed(seed)
 
 # %% ../../nbs/engine/train.ipynb #90578ecb
 def _check_settings(checkpoint: str | Path, there: dict, here: dict) -> None:
@@ -191,7 +192,7 @@ class _Training:
         self.checkpoint = checkpoint
         self.accelerator = Accelerator()
         self.lr_at = partial(_lr_at, steps=settings["steps"], lr=settings["lr"], recipe=recipe)
-        kind = {"adam": partial(torch.optim.Adam, fused=True),
+        kind = {"adam": partial(torch.optim.Adam, fused=self.accelerator.device.type in ("cpu", "cuda")),
                 "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
         self.model = self.accelerator.prepare(loss)
         self.optimizer = kind(loss.parameters(), settings["lr"], weight_decay=recipe.weight_decay)
