@@ -26,7 +26,6 @@ from ncp_vae.models.hierarchical import DenseHierarchy                          
 from ncp_vae.models.nvae import NVAE, NVAEConfig                                               # noqa: E402
 from ncp_vae.models.ratios import ConvRatio, MLPRatio                                          # noqa: E402
 from ncp_vae.nce import nce_loss                                                               # noqa: E402
-from ncp_vae.sampling import Left                                                              # noqa: E402
 from ncp_vae.walk import draw, from_posterior, seeded                                          # noqa: E402
 
 IMAGE = (1, 8, 8)      # scikit-learn's digits
@@ -54,6 +53,10 @@ def built(kind, groups, settings):
     return vae.eval(), nn.ModuleList(make(z, c) for z, c in zip(vae.latent_shapes, vae.context_shapes))
 
 
+class WalkEnded(Exception):
+    "A walk that has been followed far enough."
+
+
 class Alone(nn.Module):
     """The loss of one group's classifier, with a walk of its own at every step.
 
@@ -68,12 +71,12 @@ class Alone(nn.Module):
         def choose_or_leave(step):
             seen.append((step, choose(step)))
             if self.leave and step.index == self.k:
-                raise Left
+                raise WalkEnded
             return seen[-1][1]
         with torch.no_grad():
             try:
                 vae.walk(choose_or_leave, evidence=vae.encode(x))
-            except Left:
+            except WalkEnded:
                 pass
             here, z = seen[self.k]
             negatives = [draw(step.prior) for step, _ in seen[self.k if self.leave else 0:self.k + 1]]
