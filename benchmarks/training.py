@@ -21,12 +21,12 @@ import common                                                                   
 from ncp_vae.engine.data import Binarized, binarize, load                                      # noqa: E402
 from ncp_vae.engine.groups import group_logits                                               # noqa: E402
 from ncp_vae.engine.train import Recipe, fit, fit_ncp, fit_vae                                 # noqa: E402
+from ncp_vae.hierarchy import descend                                                          # noqa: E402
 from ncp_vae.models.flat import lars_vae                                                       # noqa: E402
 from ncp_vae.models.hierarchical import DenseHierarchy                                         # noqa: E402
 from ncp_vae.models.nvae import NVAE, NVAEConfig                                               # noqa: E402
 from ncp_vae.models.ratios import ConvRatio, MLPRatio                                          # noqa: E402
 from ncp_vae.nce import nce_loss                                                               # noqa: E402
-from ncp_vae.sampling import Left                                                              # noqa: E402
 from ncp_vae.walk import draw, from_posterior, seeded                                          # noqa: E402
 
 IMAGE = (1, 8, 8)      # scikit-learn's digits
@@ -67,14 +67,9 @@ class Alone(nn.Module):
         vae, seen, choose = self.frozen[0], [], from_posterior()
         def choose_or_leave(step):
             seen.append((step, choose(step)))
-            if self.leave and step.index == self.k:
-                raise Left
-            return seen[-1][1]
+            return None if self.leave and step.index == self.k else seen[-1][1]
         with torch.no_grad():
-            try:
-                vae.walk(choose_or_leave, evidence=vae.encode(x))
-            except Left:
-                pass
+            descend(vae, choose_or_leave, evidence=vae.encode(x))
             here, z = seen[self.k]
             negatives = [draw(step.prior) for step, _ in seen[self.k if self.leave else 0:self.k + 1]]
         return {"loss": nce_loss(*self.ratio.condition(here.context)(torch.stack([z, negatives[-1]])))}
