@@ -18,7 +18,7 @@ def test_the_readme_gives_a_strangers_vae_a_better_prior():
     scope = {}
     exec(code, scope)
     assert scope["samples"].shape == (64, 1, 8, 8) and 0 <= scope["samples"].min() <= scope["samples"].max() <= 1
-    gain = scope["scores"].gain
+    gain = scope["rows"]["NCP"]["gain"]
     assert gain.value > 2 * gain.std_error      # paired and seeded
 
 
