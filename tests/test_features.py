@@ -169,7 +169,7 @@ def test_a_kept_network_comes_back_without_training(net, digits, tmp_path, monke
     kept = fit_features(*digits, **SETTINGS, checkpoint=tmp_path / "net.pt")
     def no_step(*args):
         raise AssertionError("a finished training took a step")
-    monkeypatch.setattr(train, "advance", no_step)
+    monkeypatch.setattr(train, "_take_step", no_step)
     back = fit_features(*digits, **SETTINGS, checkpoint=tmp_path / "net.pt")
     for found in (kept, back):
         assert torch.equal(embed(net, digits[0]), embed(found, digits[0]))
