@@ -67,7 +67,7 @@ class TopDownVAE(nn.Module):
     def sample(self, n: int, temperature: float = 1.0,
                generator: torch.Generator | None = None) -> Trace:
         "n finished walks of the prior, without gradients; `.likelihood.mean` are the images."
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self):
             return self.walk(from_prior(temperature, generator), n=n)
 
 # %% ../nbs/theory/01_walk.ipynb #2a671e77

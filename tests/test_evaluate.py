@@ -8,7 +8,7 @@ from sklearn.neighbors import KDTree
 from torch import nn
 
 from ncp_vae.bound import elbo, iwae
-from ncp_vae.engine.evaluate import block_mmd2, compare, log_likelihoods, table_of
+from ncp_vae.engine.evaluate import block_mmd2, compare, log_likelihoods, table_of, walks_of
 from ncp_vae.engine.fid import ImageScorer, Protocol
 from ncp_vae.engine.groups import group_logits, group_reports, record_groups, sir_ess
 from ncp_vae.engine.neighbours import nearest
@@ -135,7 +135,8 @@ def test_images_are_scored_beside_and_paired():
 
 
 @pytest.mark.parametrize("priors, words", [({}, "dict of names and priors"), (Linear(), "dict of names and priors, .* got Linear"),
-                                           ({"a": Tilt(1.0)}, "a prior is a TopDownVAE or a ReweightedPrior, got a: Tilt")])
+                                           ({"a": Tilt(1.0)}, "a prior is a TopDownVAE, or a NoiseContrastivePrior, .*; got a: Tilt"),
+                                           ({"a": ReweightedPrior(Linear(), [Tilt(1.0)])}, "which has a log Z; got a: ReweightedPrior")])
 def test_what_is_no_dict_of_priors_is_refused(priors, words):
     with pytest.raises(ValueError, match=words):
         compare(priors, torch.zeros(3, 1), num_samples=1, seed=0)
@@ -296,6 +297,7 @@ def test_a_forgotten_eval_is_mended_and_told():
         with torch.no_grad():
             values = [elbo(vae, x, generator()).elbo, iwae(vae, x, 3, generator=generator())]
         values += [torch.tensor(ncp.log_partition(50, generator()).value), ncp.sample(5, SIR(4), generator=generator()).latents[0]]
+        values += [vae.sample(5, generator=generator()).likelihood.mean, walks_of(vae, 5, 0, images=x)[1]]
         values += [torch.tensor([report.loss for report in group_reports(ncp, x, 0)]),
                    torch.tensor([score.value for score in sir_ess(ncp, 5, 4, 0)])]
         rows = compare({"base": vae, "ncp": ncp}, x, num_samples=2, log_z_samples=20, proposals=4, seed=0)

@@ -282,9 +282,9 @@ def test_settings_are_refused_by_name(make, steps, step_size, named):
 
 
 @pytest.mark.parametrize("method", [AIS(2, 0.1), ReverseAIS(torch.zeros(3, 1), 2, 0.1)])
-def test_discrete_priors_are_a_type_error(method):
+def test_discrete_priors_are_refused_by_name(method):
     ncp = NoiseContrastivePrior(two_coins(), [Function(lambda z: 0.0 * z)] * 2)
-    with pytest.raises(TypeError, match="Normal"):
+    with pytest.raises(ValueError, match="Normal priors, or others whose `support` is all numbers, not Categorical"):
         ncp.log_partition(10, rng(), method)
     assert isnan(ncp.log_z)
 

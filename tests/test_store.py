@@ -1,5 +1,6 @@
 """The store: the same function in another process, and a byte or a class that is not what was written is refused."""
 import json
+import os
 import pickle
 import re
 import shutil
@@ -70,7 +71,8 @@ def test_another_process_reads_the_same_functions_to_the_bit(tmp_path):
     kept = models()
     folders = [store.save(model.eval(), tmp_path / name) for name, model in kept.items()]
     script = ELSEWHERE.format(tests=str(Path(__file__).parent))
-    subprocess.run([sys.executable, "-c", script, tmp_path / "found.pt", *folders], check=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}      # sums are rounded by their number
+    subprocess.run([sys.executable, "-c", script, tmp_path / "found.pt", *folders], check=True, env=threads)
     for name, model, found in zip(kept, kept.values(), torch.load(tmp_path / "found.pt", weights_only=True)):
         assert all(torch.equal(a, b) for a, b in zip(answers(model), found)), name
 

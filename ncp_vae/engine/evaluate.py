@@ -19,10 +19,11 @@ from tqdm import tqdm
 from ..bound import paired_iwae
 from .fid import ImageScorer, drawn_from, lower_by
 from .groups import device_of
+from .report import columns as aligned
 from .streams import stream
 from ..holes import c2st, mmd2
 from ..measured import Measured, mean_of
-from ..prior import Partition, ReweightedPrior
+from ..prior import NoiseContrastivePrior, Partition, ReweightedPrior
 from ..resampling import SIR, Sampler
 from ..walk import TopDownVAE, Trace, evaluating, from_posterior, from_prior
 
@@ -68,7 +69,7 @@ def _values_of(priors: dict, images: Tensor, *, num_samples: int, proposals, bou
         each = []
         for c, x in enumerate(images.chunk(copies)):
             compute = partial(_likelihoods_under, vae, reweighted, x, num_samples, proposals,
-                              bound_images if c == 0 else 0, seed * copies + c)
+                              bound_images if c == 0 else 0, stream(seed, "copy", c))
             each.append(keep("-".join(["likelihoods", *own, *reweighted, str(c)]), compute))
         for name in ["", *reweighted]:
             rows = torch.stack([copy[name] for copy in each])
@@ -176,7 +177,8 @@ def walks_of(prior: TopDownVAE | ReweightedPrior, n: int, seed: int, sampler: Sa
             trace = prior.sample(size, generator=generator, **how)
         else:
             x = images[torch.randint(len(images), (size,), generator=generator)].to(device_of(prior))
-            trace = prior.walk(from_posterior(generator), evidence=prior.encode(x))
+            with evaluating(prior):
+                trace = prior.walk(from_posterior(generator), evidence=prior.encode(x))
         z = torch.cat([z.flatten(1) for z in trace.latents], 1)
         found.append((z.cpu(), trace.likelihood.mean.cpu()))
     return [torch.cat(part) for part in zip(*found)]
@@ -220,20 +222,22 @@ def _image_columns(draws: dict[str, Callable], scorer: ImageScorer) -> dict[str,
     "The columns of `compare` that are about images; draws[name](n, generator) gives n of them."
     scores = {name: scorer.score(draw) for name, draw in draws.items()}
     first = next(iter(scores))
-    lower = {name: {} if name == first else dict(lower_by=lower_by(scores[first], score))
-             for name, score in scores.items()}
-    return {name: dict(distance=score.distance, **lower[name]) for name, score in scores.items()}
+    rows = {name: dict(distance=score.distance) for name, score in scores.items()}
+    return {name: row if name == first else row | dict(lower_by=lower_by(scores[first], scores[name]))
+            for name, row in rows.items()}
 
+# %% ../../nbs/engine/evaluate.ipynb #c3e686a5
 def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, draws: int,
            samplers: dict) -> None:
     "ValueError, before anything is computed, where what `compare` was given does not fit."
     if not isinstance(priors, dict) or not priors:
-        raise ValueError("compare: priors is a dict of names and priors, like {'base': vae, 'ncp': ncp}; got "
-                         f"{type(priors).__name__}")
+        raise ValueError("compare: priors is a dict of names and priors, like {'base': vae, 'ncp': ncp}; "
+                         f"got {type(priors).__name__}")
     wrong = [f"{name}: {type(prior).__name__}" for name, prior in priors.items()
-             if not isinstance(prior, (TopDownVAE, ReweightedPrior))]
+             if not isinstance(prior, (TopDownVAE, NoiseContrastivePrior))]
     if wrong:
-        raise ValueError(f"compare: a prior is a TopDownVAE or a ReweightedPrior, got {', '.join(wrong)}")
+        raise ValueError("compare: a prior is a TopDownVAE, or a NoiseContrastivePrior, which has a log "
+                         f"Z; got {', '.join(wrong)}")
     if draws and draws < 20 or not set(samplers) <= set(priors):
         raise ValueError(f"compare: draws are 0 or at least 20, got {draws}, and samplers are of priors in "
                          f"{', '.join(priors)}, got {', '.join(samplers)}")
@@ -249,8 +253,7 @@ def table_of(rows: dict[str, dict[str, Measured]]) -> str:
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [["", *columns], *([name, *(row[c].short() if c in row else "" for c in columns)]
                                for name, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    return aligned(cells)
 
 # %% ../../nbs/engine/evaluate.ipynb #9fd49854
 def nll_metrics(base: dict[str, Measured], row: dict[str, Measured]) -> dict[str, Measured]:
