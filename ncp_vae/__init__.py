@@ -17,6 +17,7 @@ _NAMES = {name: place for place, names in {
     "prior": "ReweightedPrior NoiseContrastivePrior",
     "sampling": "SIR Langevin MALA HMC JointLangevin JointMALA SMC proposal_budget effective_sample_size",
     "models.priors": "GaussianMixture",
+    "flows": "RealNVP FlowMatching",
     "models.ratios": "MLPRatio ConvRatio",
     "engine.data": "load",
     "engine.evaluate": "compare",
