@@ -22,6 +22,7 @@ from typing import Callable
 
 import psutil
 
+from . import checkpoint
 from .parameters import Experiment, find_experiment, notebooks
 from .provenance import data_folder, environment, home
 from ..measured import Measured
@@ -29,12 +30,8 @@ from ..measured import Measured
 # %% ../../nbs/engine/experiment.ipynb #7cc2f48f
 def write_json(path: Path, value) -> None:
     "Write plain, finite values; the old file stays until the new one is whole on the disk."
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with checkpoint.replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
 
 def read_json(path: Path) -> dict:
     "Read one JSON object; ValueError that names the file where it is missing or damaged."
@@ -132,7 +129,6 @@ class RunFolder:
 
     def once(self, name: str, compute: Callable):
         "compute(), tensors or plain values, kept in NAME.pt; or what an earlier attempt kept."
-        from ncp_vae.engine import checkpoint
         if f"{name}.pt" not in self.kept:
             checkpoint.save(self.path(f"{name}.pt"), {"value": compute()})
         return checkpoint.load(self.path(f"{name}.pt"))["value"]
