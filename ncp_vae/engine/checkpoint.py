@@ -13,36 +13,28 @@ import threading
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from tempfile import TemporaryFile
-from uuid import uuid4
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import psutil
 
 # %% ../../nbs/engine/checkpoint.ipynb #bf9511af
-def _remove(path: Path) -> None:
-    "Delete a file or a folder, where there is one."
-    shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True)
-
 @contextmanager
 def replacing(path: Path):
-    """A name beside `path` for a new file or folder, which takes its place once it is on the disk.
+    """A name for a new file or folder, which replaces `path` at the block's end, once it is on the disk.
 
     After an error it is removed. No two writers get the same name. What a killed process of this machine
-    left there is removed too. Folders on the way are made."""
+    left is removed too. Folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{escape(path.name)}.*.*.part"):
         if not psutil.pid_exists(int(left.name.split(".")[-3])):
-            _remove(left)
-    part = path.with_name(f"{path.name}.{os.getpid()}.{uuid4().hex[:8]}.part")
-    try:
+            shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(".part", f"{path.name}.{os.getpid()}.", path.parent) as place:
+        part = Path(place) / path.name
         yield part
         for written in [*part.glob("*")] or [part]:
             with open(written, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(part, path)
-    finally:
-        _remove(part)
 
 # %% ../../nbs/engine/checkpoint.ipynb #d54e9beb
 def save(path: str | Path, state: dict) -> Path:
