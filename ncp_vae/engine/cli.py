@@ -22,6 +22,19 @@ from .parameters import (Experiment, find_experiment, home, notebooks, params_fo
                                        read_experiment)
 from .report import columns, listing, read_results, results_page
 
+# %% ../../nbs/engine/cli.ipynb #c4bc3f14
+def _tell(text: str, file=None) -> None:
+    "Print a line at once; a terminal that has gone away is no reason to stop."
+    with suppress(OSError, RuntimeError):
+        print(text, file=file, flush=True)
+
+def _assignments(pairs: list[str]) -> dict[str, str]:
+    "['steps=3'] -> {'steps': '3'}; ValueError where one is no assignment, or a name comes twice."
+    found = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(found) < len(pairs):
+        raise ValueError(f"-p {' '.join(pairs)}: expected NAME=VALUE, and no name given twice")
+    return found
+
 # %% ../../nbs/engine/cli.ipynb #30ca4986
 def _list(args: argparse.Namespace) -> int:
     "ncp-vae list: the experiments, one line each."
@@ -44,19 +57,6 @@ def _params(args: argparse.Namespace) -> int:
         rows.append([name, p.type, *values, p.range, p.help])
     _tell(f"{experiment.subtitle}\n\n{columns(rows)}")
     return 0
-
-# %% ../../nbs/engine/cli.ipynb #c4bc3f14
-def _tell(text: str, file=None) -> None:
-    "Print a line at once; a terminal that has gone away is no reason to stop."
-    with suppress(OSError, RuntimeError):
-        print(text, file=file, flush=True)
-
-def _assignments(pairs: list[str]) -> dict[str, str]:
-    "['steps=3'] -> {'steps': '3'}; ValueError where one is no assignment, or a name comes twice."
-    found = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    if len(found) < len(pairs):
-        raise ValueError(f"-p {' '.join(pairs)}: expected NAME=VALUE, and no name given twice")
-    return found
 
 # %% ../../nbs/engine/cli.ipynb #c1d31346
 _GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
