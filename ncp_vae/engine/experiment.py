@@ -146,10 +146,11 @@ def _folder_for(run_dir: str | Path, experiment: str) -> Path:
 
 # %% ../../nbs/engine/experiment.ipynb #dc82777d
 class RunFolder:
-    "Where a run writes its files."
+    "Where a run writes its files and its metrics."
     def __init__(self, folder: Path):
         self.dir = folder
         self.kept = {path.name for path in folder.glob("*.pt")}     # by an earlier attempt
+        self.metrics: dict[str, Measured] = {}
 
     def path(self, name: str) -> Path:
         "Where a file of this run goes; folders on the way are made."
@@ -167,21 +168,6 @@ class RunFolder:
             checkpoint.save(self.path(f"{name}.pt"), {"value": compute()})
         return checkpoint.load(self.path(f"{name}.pt"))["value"]
 
-# %% ../../nbs/engine/experiment.ipynb #023f42bd
-class Run(RunFolder):
-    "One run, as its notebook sees it: a folder to write to, and the record that grows in it."
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.began = time.monotonic()
-        self.environment = {**environment(), "attempt": read_json(folder / "status.json")["attempt"]}
-        write_json(folder / "environment.json", self.environment)
-        self.metrics: dict[str, Measured] = {}
-
-    @classmethod
-    def open(cls, run_dir: str | Path, experiment: str) -> "Run":
-        "The run that the command started for this notebook, or one by hand where run_dir is ''."
-        return cls(_folder_for(run_dir, experiment))
-
     def metric(self, name: str, value, **about) -> Measured:
         """Record a `Measured`, or a number; the last of a name counts.
 
@@ -194,27 +180,36 @@ class Run(RunFolder):
             file.write(json.dumps({"name": name, **asdict(metric)}) + "\n")
         return metric
 
+# %% ../../nbs/engine/experiment.ipynb #023f42bd
+class Run(RunFolder):
+    "One run, as its notebook sees it: a folder to write to, and the record that grows in it."
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.began = time.monotonic()
+        self.environment = {**environment(), "attempt": read_json(folder / "status.json")["attempt"]}
+        write_json(folder / "environment.json", self.environment)
+
+    @classmethod
+    def open(cls, run_dir: str | Path, experiment: str) -> "Run":
+        "The run that the command started for this notebook, or one by hand where run_dir is ''."
+        return cls(_folder_for(run_dir, experiment))
+
     def finish(self, **about) -> Path:
         """Write metrics.json: the last act of a notebook. ValueError where no metric was recorded.
 
         about: `data`, `model` and `parts`, where the parameters `dataset` and `model` do not say them."""
-        return _write_record(self, about)
-
-# %% ../../nbs/engine/experiment.ipynb #fa27ff5f
-def _write_record(run: Run, about: dict) -> Path:
-    "Write metrics.json, and the status of a run by hand."
-    if not run.metrics:
-        raise ValueError("finish: no metric was recorded, so there is nothing to report")
-    asked = read_json(run.dir / "params.json")
-    record = {"data": asked["params"].get("dataset") or asked["experiment"],
-              "model": asked["params"].get("model", ""), "parts": [], **about, **asked,
-              "commit": run.environment["commit"], "environment": run.environment,
-              "seconds": round(time.monotonic() - run.began, 3),
-              "metrics": {name: asdict(metric) for name, metric in run.metrics.items()}}
-    write_json(run.dir / "metrics.json", record)
-    if read_json(run.dir / "status.json")["pid"] == os.getpid():
-        end(run.dir, "succeeded")
-    return run.dir / "metrics.json"
+        if not self.metrics:
+            raise ValueError("finish: no metric was recorded, so there is nothing to report")
+        asked = read_json(self.dir / "params.json")
+        record = {"data": asked["params"].get("dataset") or asked["experiment"],
+                  "model": asked["params"].get("model", ""), "parts": [], **about, **asked,
+                  "commit": self.environment["commit"], "environment": self.environment,
+                  "seconds": round(time.monotonic() - self.began, 3),
+                  "metrics": {name: asdict(metric) for name, metric in self.metrics.items()}}
+        write_json(self.dir / "metrics.json", record)
+        if read_json(self.dir / "status.json")["pid"] == os.getpid():
+            end(self.dir, "succeeded")
+        return self.dir / "metrics.json"
 
 # %% ../../nbs/engine/experiment.ipynb #cd4273ac
 _FIELDS = {"data", "model", "parts", "commit", "environment", "seconds"}     # and what was asked
