@@ -236,6 +236,8 @@ def results(ended, clone):
         shutil.copytree(ended[name][3], clone / "results" / name)
     cell = dict(cell_type="code", id="cell", metadata={}, outputs=[], execution_count=None,
                 source="import sys, time\nprint(2 + 3, file=sys.stderr)\nprint(2 + 2)\n'shown'")
+    (clone / "docs").mkdir(exist_ok=True)
+    shutil.copy(Path(__file__).parents[1] / "docs" / "execute.py", clone / "docs")
     notebook = clone / "nbs" / "results.ipynb"
     notebook.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
     yield notebook

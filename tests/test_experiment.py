@@ -265,7 +265,7 @@ def test_once_survives_an_attempt(clone):
 
 
 @pytest.mark.parametrize("damage", [
-    {"commit": ...}, {"metrics": {}}, {"metrics": {"a": {"value": 1.0, "kind": "guess"}}}, {"metrics": {"a": {"valeu": 1.0}}},
+    {"commit": ...}, {"data": ...}, {"model": ...}, {"parts": ...}, {"metrics": {}}, {"metrics": {"a": {"value": 1.0, "kind": "guess"}}}, {"metrics": {"a": {"valeu": 1.0}}},
     {"metrics": {"a": 3}}, {"metrics": None}, {"params": {"seed": 1}}, {"preset": "full"},
 ])
 def test_damaged_records_are_not_read(clone, damage):
@@ -279,6 +279,6 @@ def test_damaged_records_are_not_read(clone, damage):
 
 
 def test_environment_describes_without_importing_torch():
-    code = "import json, sys; from ncp_vae.engine.provenance import environment; e = environment(); "
+    code = "import json, sys; from ncp_vae.engine.experiment import environment; e = environment(); "
     e = json.loads(python(code + "assert 'torch' not in sys.modules; print(json.dumps(e))"))
     assert e["packages"]["torch"] and e["threads"] is None and e["cpus"] == os.cpu_count()

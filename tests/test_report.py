@@ -12,9 +12,7 @@ import nbformat
 import pytest
 
 from ncp_vae.engine import cli, paper, report
-from ncp_vae.engine.experiment import read_record
-from ncp_vae.engine.parameters import find_experiment, notebooks, params_for
-from ncp_vae.engine.provenance import home
+from ncp_vae.engine.parameters import find_experiment, home, notebooks, params_for
 from ncp_vae.measured import Measured
 
 ROOT = Path(__file__).parents[1]
@@ -28,14 +26,15 @@ def this_clone(monkeypatch):
     monkeypatch.setenv("NCP_VAE_HOME", str(ROOT))
 
 
-def write(folder, experiment="hierarchical", preset="cpu", given=None, metrics=GAIN, state="succeeded", **status):
+def write(folder, experiment="hierarchical", preset="cpu", given=None, metrics=GAIN, state="succeeded", about={}, **status):
     "A run as the command leaves it, on another machine and with a clean commit unless said otherwise."
     folder.mkdir(parents=True)
     asked = dict(experiment=experiment, preset=preset, params=params_for(find_experiment(experiment), preset, given))
     machine = dict(commit="1234567" + "0" * 33, cpu="a processor", cpus=8, gpus=["NVIDIA H100, 81559 MiB, 1.0"], threads=1)
     for name, content in dict(
             params=asked, environment=machine,
-            metrics={**asked, "commit": machine["commit"], "environment": machine, "seconds": 125.0, "metrics": metrics},
+            metrics={"data": asked["params"].get("dataset", experiment), "model": asked["params"].get("model", ""), "parts": [],
+                     **about, **asked, "commit": machine["commit"], "environment": machine, "seconds": 125.0, "metrics": metrics},
             status={**dict(state=state, attempt=1, pid=1, host="elsewhere", created=0.0, started=0.0, ended=86400.0), **status}).items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -173,7 +172,8 @@ def test_a_number_stands_in_its_row_and_under_its_data(tmp_path):
 def test_runs_that_another_lays_side_by_side_are_shown_by_it(tmp_path):
     for groups in (1, 2):
         write(tmp_path / f"hierarchical_k{groups}", given={"groups": groups})
-    write(tmp_path / "groups", "groups", "smoke", {}, {"nll_gain_k1": dict(value=0.8, std_error=0.1)})
+    write(tmp_path / "groups", "groups", "smoke", {}, {"nll_gain_k1": dict(value=0.8, std_error=0.1)},
+          about=dict(data="fashion_mnist", parts=["hierarchical_k1", "hierarchical_k2"]))
     runs = report.read_results(tmp_path)[0]
     assert "hierarchical_k1" not in report.section("Table 4", runs)
     text = report.section("Table 5", runs)
@@ -189,21 +189,6 @@ def test_a_record_says_what_it_is_about_whatever_its_parameters_are_called(tmp_p
     (folder / "metrics.json").write_text(json.dumps({**record, "data": "omniglot", "model": "dense", "parts": ["part"]}))
     text = report.section("Table 5", report.read_results(tmp_path)[0])
     assert "`groups`, Omniglot" in text and "**`part`** on MNIST" in text
-
-
-@pytest.mark.parametrize("experiment, given, about", [
-    ("hierarchical", {"dataset": "mnist5k", "model": "nvae:mnist"}, ("mnist5k", "nvae:mnist", [])),
-    ("gaussians25", {}, ("gaussians25", "", [])),
-    ("groups", {"pattern": "part*"}, ("mnist", "", ["part1", "part2"])),
-    ("shares", {"pattern": "elsewhere*"}, ("shares", "", [])),
-    ("studies", {"trained": "runs/hierarchical/part1"}, ("mnist", "", [])),
-    ("studies", {"trained": "runs/hierarchical/elsewhere"}, ("studies", "", [])),
-])
-def test_an_older_record_is_completed_from_its_parameters(tmp_path, experiment, given, about):
-    for name in ("part1", "part2"):
-        write(tmp_path / name, given={"dataset": "mnist"})
-    record = read_record(write(tmp_path / "old", experiment, "smoke", given))
-    assert (record["data"], record["model"], record["parts"]) == about
 
 
 def test_a_run_outside_the_tables_is_not_lost(tmp_path, monkeypatch):

@@ -151,6 +151,22 @@ def test_what_cannot_be_built_again_is_refused_before_anything_is_written(tmp_pa
         store.save(Stranger(), tmp_path / "model")
 
 
+def test_a_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    "A disk that fails leaves nothing; what a killed process left (no system gives out this number) is cleared away by the next."
+    left = tmp_path / f"model.{2**30}.0a1b2c3d.part"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half of it")
+    def fail(number):
+        raise OSError(5, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            store.save(MLPRatio(1, hidden=(1,)), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in store.save(MLPRatio(1, hidden=(1,)), tmp_path / "model").iterdir()) == [
+        "SHA256SUMS", "manifest.json", "model.safetensors"] and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_manifest_says_where_the_model_comes_from(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["about"] == dict(steps=3) and manifest["packages"]["torch"] == torch.__version__.partition("+")[0]

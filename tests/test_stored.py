@@ -257,7 +257,7 @@ def test_a_disk_that_fails(files, tmp_path, monkeypatch):
     """What the system says when the bytes cannot be brought to the disk: no set, no manifest, no space taken."""
     def fail(number):
         raise OSError(5, "Input/output error")
-    monkeypatch.setattr(stored.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         prepare(tmp_path / "set-train.npy", files, EIGHT, "set")
     assert [(file.name, file.stat().st_size) for file in tmp_path.glob("set-*")] == [("set-train.npy.part", 0)]

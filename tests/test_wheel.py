@@ -65,8 +65,7 @@ def test_a_wrong_parameter_is_refused_there_and_nothing_is_made(ask, tmp_path):
 
 
 def test_results_and_data_go_to_the_current_folder_and_the_commit_is_the_wheels(ask, tmp_path):
-    code, out, err = ask("import json; from ncp_vae.engine.provenance import data_folder, environment, home\n"
-                         "from ncp_vae.engine.experiment import new_run\n"
+    code, out, err = ask("import json; from ncp_vae.engine.experiment import data_folder, environment, home, new_run\n"
                          "print(json.dumps([str(home()), str(data_folder()), environment()['commit'], str(new_run(None, 'toy', 'smoke', {}))]))")
     assert code == 0, err
     place, data, commit, folder = json.loads(out)

@@ -8,30 +8,59 @@ __all__ = ['main']
 # %% ../../nbs/engine/cli.ipynb #f642ca90
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .experiment import end, new_run, read_json, read_record, resume_run
-from .parameters import (Experiment, find_experiment, notebooks, params_for,
+from .experiment import end, new_run, read_record, resume_run
+from .parameters import (Experiment, find_experiment, home, notebooks, params_for,
                                        read_experiment)
-from .provenance import home
 from .report import columns, listing, read_results, results_page
 
-# %% ../../nbs/engine/cli.ipynb #2cef17f1
+# %% ../../nbs/engine/cli.ipynb #c4bc3f14
 def _tell(text: str, file=None) -> None:
     "Print a line at once; a terminal that has gone away is no reason to stop."
     with suppress(OSError, RuntimeError):
         print(text, file=file, flush=True)
 
-_GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
+def _assignments(pairs: list[str]) -> dict[str, str]:
+    "['steps=3'] -> {'steps': '3'}; ValueError where one is no assignment, or a name comes twice."
+    found = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(found) < len(pairs):
+        raise ValueError(f"-p {' '.join(pairs)}: expected NAME=VALUE, and no name given twice")
+    return found
+
+# %% ../../nbs/engine/cli.ipynb #30ca4986
+def _list(args: argparse.Namespace) -> int:
+    "ncp-vae list: the experiments, one line each."
+    rows = []
+    for name, path in notebooks().items():
+        try:
+            rows.append([name, read_experiment(path).subtitle])
+        except ValueError as error:
+            rows.append([name, f"cannot be run: {error}"])
+    _tell(columns(rows))
+    return 0
+
+def _params(args: argparse.Namespace) -> int:
+    "ncp-vae params NAME: each parameter, its default (smoke), and what the other presets change."
+    experiment = find_experiment(args.name)
+    presets = experiment.presets()
+    rows = [["name", "type", *presets, "range", "meaning"]]
+    for name, p in experiment.parameters.items():
+        values = [str(preset.get(name, "")) for preset in presets.values()]
+        rows.append([name, p.type, *values, p.range, p.help])
+    _tell(f"{experiment.subtitle}\n\n{columns(rows)}")
+    return 0
 
 # %% ../../nbs/engine/cli.ipynb #c1d31346
+_GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
+
 class _Watch:
     "What a run is at, and what signals came: the first interrupts its cell, a second or a minute kill it."
     def __init__(self, cells: int):
@@ -85,8 +114,8 @@ def _started_kernel(log, folder: Path):
         run_sync(manager.shutdown_kernel)()
 
 # %% ../../nbs/engine/cli.ipynb #609ffb01
-def _execute(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> None:
-    "Execute the notebook into folder/notebook.ipynb; any failure is an exception here."
+def _execute(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> dict:
+    "Execute the notebook into folder/notebook.ipynb, and its record; any failure is an exception here."
     import papermill
     source, target = (str(path).replace("{", "{{").replace("}", "}}")     # braces are papermill's formats
                       for path in (experiment.notebook, folder / "notebook.ipynb"))
@@ -98,40 +127,37 @@ def _execute(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
             cwd=place, on_cell_start=watch, progress_bar=False,
             stdout_file=log, stderr_file=log, coalesce_streams=True,
             start_timeout=300, iopub_timeout=300)     # patience for a busy machine
-    if watch.at < watch.of or not (folder / "metrics.json").exists():
+    if not (folder / "metrics.json").exists():
         raise EOFError("it ended without its record, which run.finish() in the last cell writes")
-    read_record(folder)
+    return read_record(folder)
 
 def _reason(error: Exception) -> str:
     "One line on why a cell ended."
-    name = type(error).__name__
-    if name == "DeadKernelError":
-        return "the kernel died: often the machine was out of memory"
-    return f"{error.ename}: {error.evalue}" if name == "PapermillExecutionError" else f"{name}: {error}"
+    name = getattr(error, "ename", type(error).__name__)     # of what the cell raised, where it did
+    died = "the kernel died: often the machine was out of memory"
+    return died if name == "DeadKernelError" else f"{name}: {getattr(error, 'evalue', error)}"
 
 # %% ../../nbs/engine/cli.ipynb #daf4525e
-def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> None:
-    "Execute, classify, and write down how it ended: 'succeeded', or 'failed' or 'interrupted' and why."
+def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> int:
+    "Execute, write down how it ended, and say so; 0, or 1 where it failed, or 128 and the signal."
+    look = f"look at it:   jupyter lab {shlex.quote(str(folder / 'notebook.ipynb'))}"
     try:
-        _execute(experiment, folder, params, watch)
+        record = _execute(experiment, folder, params, watch)
         end(folder, "succeeded")
     except Exception as error:
         with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(traceback.format_exc())
+            traceback.print_exc(file=log)
         state = "interrupted" if watch.received else "failed"
-        what = watch.received[0].name if watch.received else _reason(error)
-        end(folder, state, f"cell In [{watch.at}]: {what}")
-
-# %% ../../nbs/engine/cli.ipynb #c4bc3f14
-def _assignments(pairs: list[str]) -> dict[str, str]:
-    "['steps=3'] -> {'steps': '3'}; ValueError where one is no assignment, or a name comes twice."
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name or not equals or name in found:
-            raise ValueError(f"-p {pair}: expected NAME=VALUE, and no name given twice")
-        found[name] = value
-    return found
+        why = f"cell In [{watch.at}]: {watch.received[0].name if watch.received else _reason(error)}"
+        end(folder, state, why)
+        kept = ", ".join(sorted(path.name for path in folder.iterdir()))
+        _tell(f"ncp-vae: {experiment.name} {state}: {why}\nkept:         {kept}\n{look}\ngo on with:   "
+              f"ncp-vae run {experiment.name} --resume {shlex.quote(str(folder))}", sys.stderr)
+        return 128 + watch.received[0] if watch.received else 1
+    rows = [["  " + name, str(metric)] for name, metric in record["metrics"].items()]
+    _tell(f"succeeded in {record['seconds']:.1f} s\n{columns(rows)}\n{look}\n"
+          f"its figures:  {folder / 'figures'}")
+    return 0
 
 # %% ../../nbs/engine/cli.ipynb #0c15860b
 def _run(args: argparse.Namespace) -> int:
@@ -150,49 +176,7 @@ def _run(args: argparse.Namespace) -> int:
         params = resume_run(folder, experiment)
     _tell(f"{experiment.name} with {' '.join(f'{name}={value}' for name, value in params.items())}\n"
           f"in {folder}\nfollow it with: tail -f {shlex.quote(str(folder / 'log.txt'))}")
-    watch = _Watch(experiment.cells)
-    _attempt(experiment, folder, params, watch)
-    return _farewell(experiment.name, folder, watch)
-
-# %% ../../nbs/engine/cli.ipynb #a8cb7001
-def _farewell(name: str, folder: Path, watch: _Watch) -> int:
-    "Say how the run ended, what there is and what can be done next; return the exit code."
-    status = read_json(folder / "status.json")
-    look = f"look at it:   jupyter lab {shlex.quote(str(folder / 'notebook.ipynb'))}"
-    if status["state"] == "succeeded":
-        record = read_record(folder)
-        rows = [["  " + name, str(metric)] for name, metric in record["metrics"].items()]
-        _tell(f"succeeded in {record['seconds']:.1f} s\n{columns(rows)}\n{look}\n"
-              f"its figures:  {folder / 'figures'}")
-        return 0
-    kept = ", ".join(sorted(path.name for path in folder.iterdir()))
-    again = f"ncp-vae run {name} --resume {shlex.quote(str(folder))}"
-    _tell(f"ncp-vae: {name} {status['state']}: {status['error']}\nkept:         {kept}\n{look}\n"
-          f"go on with:   {again}", sys.stderr)
-    return 128 + watch.received[0] if status["state"] == "interrupted" else 1
-
-# %% ../../nbs/engine/cli.ipynb #266e904e
-def _execute_in_place(path: Path) -> None:
-    "Execute a notebook and keep its outputs; ValueError where a cell fails, and nothing is written."
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-    notebook = nbformat.read(path, as_version=4)
-    with open(os.devnull, "w") as log, _started_kernel(log, path.parent) as kernel:
-        try:
-            NotebookClient(notebook, km=kernel, record_timing=False, coalesce_streams=True).execute()
-        except CellExecutionError as error:
-            raise ValueError(f"{path} failed: {error.ename}: {error.evalue}") from None
-    for cell in notebook.cells:
-        cell.update({"execution_count": None} if cell.cell_type == "code" else {})
-        outputs = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]
-        cell.update({"outputs": outputs} if cell.cell_type == "code" else {})
-        for out in outputs:
-            out.update({"execution_count": None} if "execution_count" in out else {})
-            data = out.get("data", {})
-            data.update({kind: text.rstrip() for kind, text in data.items() if kind == "image/png"})
-    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    return _attempt(experiment, folder, params, _Watch(experiment.cells))
 
 # %% ../../nbs/engine/cli.ipynb #8d057b40
 def _report(args: argparse.Namespace) -> int:
@@ -203,34 +187,13 @@ def _report(args: argparse.Namespace) -> int:
     text = results_page(home() / "results")     # before anything is written: is there a folder?
     notebook = home() / "nbs" / "results.ipynb"
     if notebook.is_file():
-        _execute_in_place(notebook)
+        done = subprocess.run([sys.executable, home() / "docs" / "execute.py", notebook], text=True,
+                              capture_output=True, env={**os.environ, "NCP_VAE_HOME": str(home())})
+        if done.returncode:
+            raise ValueError(f"{notebook} failed: {done.stderr.strip().splitlines()[-1]}")
     (home() / "RESULTS.md").write_text(text, encoding="utf-8")
     runs, others = read_results(home() / "results")
     _tell(f"written: {home() / 'RESULTS.md'}, from {len(runs)} runs; {len(others)} without a result")
-    return 0
-
-# %% ../../nbs/engine/cli.ipynb #30ca4986
-def _list(args: argparse.Namespace) -> int:
-    "ncp-vae list: the experiments, one line each."
-    rows = []
-    for name, path in notebooks().items():
-        try:
-            rows.append([name, read_experiment(path).subtitle])
-        except ValueError as error:
-            rows.append([name, f"cannot be run: {error}"])
-    _tell(columns(rows))
-    return 0
-
-def _params(args: argparse.Namespace) -> int:
-    "ncp-vae params NAME: each parameter, its default (smoke), and what the other presets change."
-    experiment = find_experiment(args.name)
-    presets = experiment.presets()
-    presets.pop("smoke")
-    rows = [["name", "type", "smoke", *presets, "range", "meaning"]]
-    for name, p in experiment.parameters.items():
-        changes = [str(values.get(name, "")) for values in presets.values()]
-        rows.append([name, p.type, str(p.default), *changes, p.range, p.help])
-    _tell(f"{experiment.subtitle}\n\n{columns(rows)}")
     return 0
 
 # %% ../../nbs/engine/cli.ipynb #ba943a56
@@ -270,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         _tell(f"ncp-vae: {error}; install what runs need: pip install ncp-vae[run], "
               "in a clone pip install -e .[run]", sys.stderr)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _tell(f"ncp-vae: {error}", sys.stderr)
     except KeyboardInterrupt:
         return 130

@@ -8,8 +8,6 @@ __all__ = ['save', 'load', 'push_to_hub', 'from_pretrained']
 # %% ../../nbs/engine/store.ipynb #cfdadc81
 import inspect
 import json
-import os
-import shutil
 from dataclasses import is_dataclass
 from hashlib import sha256
 from importlib import import_module
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checkpoint import replacing
 from .experiment import environment
 
 # %% ../../nbs/engine/store.ipynb #69930ba3
@@ -101,35 +100,16 @@ def _sums_of(folder: Path) -> list[str]:
 
 def _check_sums(folder: Path) -> None:
     "ValueError, with the file's name, where a file is missing or not what was written."
-    for name in (*_FILES, "SHA256SUMS"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a stored model: {name} is missing")
-    expected = _sums_of(folder)
-    found = (folder / "SHA256SUMS").read_bytes().split(b"\n")
-    spoilt = [name for name, line in zip(_FILES, expected) if line.encode() not in found]
-    if spoilt or found != [*(line.encode() for line in expected), b""]:
+    try:
+        lines = _sums_of(folder)
+        found = (folder / "SHA256SUMS").read_bytes()
+    except OSError as error:
+        raise ValueError(f"{folder} is not a stored model: "
+                         f"{Path(error.filename).name} is missing") from error
+    if found != "\n".join([*lines, ""]).encode():
+        spoilt = [name for name, line in zip(_FILES, lines) if line.encode() not in found]
         raise ValueError(f"{folder}: {' and '.join(spoilt) or 'SHA256SUMS'} is not what was written, "
                          "or SHA256SUMS is not")
-
-# %% ../../nbs/engine/store.ipynb #37ea6519
-def _write_files(folder: Path, model: nn.Module, manifest: str) -> Path:
-    "The three files, written beside the folder and renamed to it."
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        weights = {name: value.detach().cpu().contiguous().clone()
-                   for name, value in model.state_dict().items()}
-        save_file(weights, part / _FILES[1])
-        (part / _FILES[0]).write_text(manifest, encoding="utf-8")
-        sums = "".join(line + "\n" for line in _sums_of(part))
-        (part / "SHA256SUMS").write_text(sums, encoding="utf-8")
-        for path in part.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 # %% ../../nbs/engine/store.ipynb #3587de3f
 def save(model: nn.Module, folder: str | Path, about: dict | None = None) -> Path:
@@ -144,7 +124,14 @@ def save(model: nn.Module, folder: str | Path, about: dict | None = None) -> Pat
     manifest = dict(model=_plain(model), about=about or {}, commit=here["commit"],
                     python=here["python"], packages=here["packages"])
     _built(manifest["model"], [type(module) for module in model.modules()])    # unreadable: unwritten
-    return _write_files(folder, model, json.dumps(manifest, indent=1) + "\n")
+    with replacing(folder) as part:
+        part.mkdir()
+        weights = {name: value.detach().cpu().contiguous().clone()
+                   for name, value in model.state_dict().items()}
+        save_file(weights, part / _FILES[1])
+        (part / _FILES[0]).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (part / "SHA256SUMS").write_text("\n".join([*_sums_of(part), ""]), encoding="utf-8")
+    return folder
 
 # %% ../../nbs/engine/store.ipynb #816a6683
 def load(folder: str | Path, classes: Sequence[type] = ()) -> nn.Module:

@@ -7,7 +7,6 @@ __all__ = ['Stored', 'Augmented']
 
 # %% ../../nbs/engine/stored.ipynb #075b7ecb
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import trange
+
+from .checkpoint import replacing
 
 # %% ../../nbs/engine/stored.ipynb #873672b1
 def check_images(images: Tensor, what: str = "images") -> Tensor:
@@ -130,23 +131,17 @@ class Stored(BatchReader):
 # %% ../../nbs/engine/stored.ipynb #2aa97343
 _BLOCK = 256      # images in memory at a time
 
-def _write(part: str, path: Path, files: list[Path], picture: Picture, about: dict) -> None:
+def _write(path: Path, files: list[Path], picture: Picture, about: dict) -> None:
     shape = (len(files), 3, picture.side, picture.side)
-    try:
+    with replacing(path) as part, replacing(path.with_suffix(".json")) as manifest:
         with open(part, "wb") as file, ThreadPoolExecutor() as pool:
             np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
             for at in trange(0, len(files), _BLOCK, desc=f"preparing {about['name']}",
                              mininterval=2, leave=False):
                 file.write(np.stack(list(pool.map(picture, files[at:at + _BLOCK]))).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
         about = dict(about, count=len(files), shape=shape,
                      sha256=sha256(np.memmap(part, mode="r")).hexdigest())
-        path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except BaseException:
-        os.truncate(part, 0)
-        raise
+        manifest.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 # %% ../../nbs/engine/stored.ipynb #79092863
 def prepare(path: str | Path, files: list[Path], picture: Picture, name: str) -> Stored:
@@ -166,7 +161,8 @@ def prepare(path: str | Path, files: list[Path], picture: Picture, name: str) ->
         with open(f"{path}.part", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file():          # else another process was faster, while this one waited
-                _write(lock.name, path, files, picture, about)
+                _write(path, files, picture, about)
+                Path(lock.name).unlink()
     stored = Stored(path)
     for key, expected in about.items():
         if expected not in (None, stored.manifest.get(key)):
