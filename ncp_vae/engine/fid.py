@@ -450,8 +450,8 @@ def reconstructions(vae: TopDownVAE, data: Tensor | Dataset, scorer: ImageScorer
                          "samples are held against; take the other split")
     device = device_of(vae)
     def draw(n: int, generator: torch.Generator) -> Tensor:
-        x = seen(data[torch.randint(len(data), (n,), generator=generator).tolist()].to(device))
-        return vae.walk(from_posterior(), evidence=vae.encode(x)).likelihood.mean
+        x = seen(data[torch.randint(len(data), (n,), generator=generator).tolist()])
+        return vae.walk(from_posterior(), evidence=vae.encode(x.to(device))).likelihood.mean
     return draw
 
 def drawn_from(prior: TopDownVAE | ReweightedPrior, sampler: Sampler | None = None) -> Callable:
