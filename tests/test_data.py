@@ -485,9 +485,10 @@ def test_splits_of_celeba(tmp_path):
     folder = write_celeba(tmp_path, 3)
     Image.new("RGB", (178, 218)).save(folder / "img_align_celeba" / "999999.jpg")
     train, test = data.load("celeba64", root=tmp_path), data.load("celeba64", "test", root=folder)
+    valid = data.load("celeba64", "valid", root=tmp_path)
     recipe = data._STORED["celeba64"][0]
-    for rows, numbers in ((train, [1, 2, 3]), (test, [5, 6, 7])):
-        assert rows.image_shape == (3, 64, 64) and len(rows) == 3
+    for rows, numbers in ((train, [1, 2, 3]), (valid, [4]), (test, [5, 6, 7])):
+        assert rows.image_shape == (3, 64, 64) and len(rows) == len(numbers)
         for row, number in zip(rows.read(slice(None)), numbers):
             assert torch.equal(row, torch.tensor(recipe(folder / "img_align_celeba" / f"{number:06d}.jpg")))
 
@@ -541,6 +542,22 @@ def test_celebahq_from_its_folders(tmp_path):
     assert {file.name for file in (tmp_path / "celebahq256").glob("*.npy")} == {"celebahq256-train.npy", "celebahq256-test.npy"}
     with pytest.raises(FileNotFoundError, match="0 of the 0 images of celebahq256 train are missing"):
         data.load("celebahq256", root=tmp_path / "other")
+
+
+def test_the_validation_split_of_celebahq_is_its_folder(tmp_path):
+    """Beside a folder `test` both are sets of their own."""
+    write_celebahq(tmp_path, 3)
+    write_folder(tmp_path / "celebahq256" / "test", 4, (256, 256), seed=7)
+    valid, test = (data.load("celebahq256", split, root=tmp_path) for split in ("valid", "test"))
+    assert len(valid) == 3 and len(test) == 4 and not torch.equal(valid[0], test[0])
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "folder", "gaussians25"])
+def test_sets_without_a_validation_split_say_so(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} has no split 'valid', but train, test"):
+        data.load(name, "valid", root=tmp_path)
+    with pytest.raises(ValueError, match="celeba64 has no split 'validation', but train, valid, test"):
+        data.load("celeba64", "validation", root=tmp_path)
 
 
 def test_a_part_of_celeba_is_not_taken_for_it(tmp_path):

@@ -3,23 +3,26 @@ import os
 import socket
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from sklearn.neighbors import KDTree
 from torch import nn
+from torch.distributions import Independent, Normal
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from ncp_vae.engine.data import Rows
 from ncp_vae.engine.features import (FeatureNet, frechet_distance, gaussian_distance, gaussian_fit, jackknife_error,
                                      left_out)
-from ncp_vae.engine.fid import (NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, ImageScorer, ImageScores, Protocol, _Checked,
-                                _claimed_name, _ClassifierFeatures, _reference_indices, drawn_from, excess_left,
-                                features_for, kernel_distance, lower_by, reconstructions, score_images, to_bytes)
+from ncp_vae.engine.fid import (NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, ImageScorer, ImageScores, Protocol, _claimed_name,
+                                _ClassifierFeatures, _features, _reference_indices, drawn_from, excess_left, features_for,
+                                kernel_distance, lower_by, reconstructions, to_bytes)
 from ncp_vae.engine.neighbours import _neighbour_view, nearest, nearest_in
 from ncp_vae.measured import Measured
 from ncp_vae.models.flat import DenseVAE
+from ncp_vae.walk import FlatVAE
 
 
 def randn(*shape, seed=0):
@@ -32,6 +35,10 @@ class Blocks(nn.Module):
 
     def forward(self, images):
         return images.float().flatten(1).unflatten(1, (8, -1)).mean(-1) / 64
+
+
+def score_images(protocol, reference, draw, network, **settings):
+    return ImageScorer(protocol, reference, network, **settings).score(draw)
 
 
 def noise(n, generator):
@@ -111,7 +118,7 @@ def test_bad_features_join_no_others(features, words):
     given = nn.Identity()
     given.num_features = 3
     with pytest.raises(ValueError, match=words):
-        _Checked(given)(features)
+        _features(given, features)
 
 
 def test_too_few_images_are_refused():
@@ -214,8 +221,33 @@ def test_the_errors_bar_needs_more_images_than_features():
             return images.float().flatten(1)
     wide = Protocol("wide", 16 + 1 + 3, 20, "train", "")
     assert score_images(wide, REAL, noise, Wide(), batch_size=64, seed=0).distance.std_error > 0
-    Wide.num_features, Wide.forward = 32, lambda self, images: images.float().flatten(1).repeat(1, 2)
+    Wide.num_features, Wide.forward = 19, lambda self, images: images.float().flatten(1).repeat(1, 2)[:, :19]
     assert score_images(wide, REAL, noise, Wide(), batch_size=64, seed=0).distance.std_error is None
+
+
+class Many(Blocks):
+    "Sixteen features of 1 x 4 x 4 images, their pixels, and as many again, in other words."
+    num_features = 32
+
+    def forward(self, images):
+        pixels = images.float().flatten(1) / 255
+        return torch.cat([pixels, pixels**2], 1)
+
+
+def test_no_more_images_than_features_are_refused():
+    """The covariance is singular. At the start, before an image is read; where a limit asks for a trial of so few, there is a warning, and a
+    score without an error."""
+    class Unread(torch.utils.data.Dataset):
+        def __len__(self):
+            return 32
+    words = "a Gaussian of 32 features wants at least 33 images of each kind, got {} generated and {} real"
+    for counts, reference, limit in (((60, 32), Unread(), None), ((32, 60), REAL, None), ((60, 32), Unread(), 50)):
+        with pytest.raises(ValueError, match=words.format(*counts if limit is None else (limit, counts[1]))):
+            ImageScorer(Protocol("few", counts[0], 60, "train", ""), reference, Many(), batch_size=64, seed=0, limit=limit)
+    with pytest.warns(UserWarning, match=words.format(30, 30) + ", as limit=30 asks"):
+        scores = score_images(Protocol("few", 60, 60, "train", ""), REAL, noise, Many(), batch_size=64, seed=0, limit=30)
+    assert scores.distance.std_error is None and scores.protocol == "few (30 of 60 generated, 30 of 60 real)"
+    assert score_images(Protocol("enough", 33, 60, "train", ""), REAL, noise, Many(), batch_size=64, seed=0).distance.value > 0
 
 
 @pytest.mark.parametrize("draw, words", [(lambda n, g: torch.zeros(n, 1, 5, 4), r"expected \(64, 1, 4, 4\)"),
@@ -227,9 +259,9 @@ def test_bad_samples_are_refused(draw, words):
         score_images(Protocol("small", 300, None, "train", ""), REAL, draw, Blocks(), batch_size=64, seed=0)
 
 
-@pytest.mark.parametrize("settings", [dict(batch_size=0), dict(batch_size=64, limit=10)])
-def test_bad_settings_are_refused(settings):
-    with pytest.raises(ValueError, match="at least 20"):
+@pytest.mark.parametrize("settings, words", [(dict(batch_size=0), "batch_size must be at least 1, got 0"), (dict(batch_size=64, limit=10), "at least 20")])
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
         ImageScorer(NVAE_50K_TRAIN, REAL, Blocks(), seed=0, **settings)
 
 
@@ -282,7 +314,7 @@ def test_the_share_of_the_excess_is_known_where_the_distances_are():
         generated[:, 0] += shift
         left = left_out(rows.double(), generated.double())
         found = Measured(frechet_distance(rows, generated), jackknife_error(left), "estimate", 400, "raw feature distance")
-        return ImageScores(found, None, 400, 400, 0, 0, "given", "one", left)
+        return ImageScores(found, 400, 400, "given", "one", "these", left=left)
     found = excess_left(scored(3.0), scored(2.0), scored(1.0))
     assert found.value == pytest.approx(3 / 8, abs=1e-5) and found.std_error < 1e-3 and found.n == 400
     assert excess_left(scored(3.0), scored(1.0), scored(1.0)).value == pytest.approx(0, abs=1e-6)
@@ -293,12 +325,159 @@ def test_the_share_of_the_excess_is_known_where_the_distances_are():
     assert excess_left(few, scored(2.0), scored(1.0)).std_error is None
 
 
+def test_differences_are_of_the_same_real_images():
+    """Other ones of the same number and the same law, and the same ones in another order, under which other blocks are left out."""
+    protocol, settings = Protocol("p", 100, None, "train", "", shuffled=False), dict(batch_size=32, seed=0)
+    first, again, turned, others = (score_images(protocol, images, noise, Blocks(), **settings)
+                                    for images in (REAL[:150], REAL[:150].clone(), REAL[:150].flip(0), REAL[150:300]))
+    assert lower_by(first, again).value == 0 and first.real == again.real and len({first.real, turned.real, others.real}) == 3
+    for other in (turned, others):
+        with pytest.raises(ValueError, match=f"like with like, got .*{first.real}.* and .*{other.real}"):
+            lower_by(first, other)
+    with pytest.raises(ValueError, match="like with like"):
+        excess_left(first, first, others)
+
+
+# ---- reconstructions ------------------------------------------------------------------------------------------------
+
 def test_reconstructions_are_a_sampler():
-    vae, images = DenseVAE((1, 4, 4), 2, (8,)).eval(), (REAL > 0.3).float()
-    draw = reconstructions(vae, images)
+    vae, images, settings = DenseVAE((1, 4, 4), 2, (8,)).eval(), (REAL > 0.3).float(), dict(batch_size=32, seed=0)
+    scorer = ImageScorer(Protocol("small", 60, 100, "train", "", shuffled=False), images, Blocks(), **settings)
+    draw = reconstructions(vae, REAL, scorer, seen=torch.bernoulli)
     assert draw(7, torch.Generator().manual_seed(0)).shape == (7, 1, 4, 4)
-    scores = score_images(Protocol("small", 60, None, "train", ""), images, draw, Blocks(), batch_size=32, seed=0)
-    assert scores.generated == 60
+    assert scorer.score(draw).generated == 60
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Rows, lambda x: torch.utils.data.Subset(Rows(x), range(60)), lambda x: x.double(), lambda x: x.clone().flip(0)])
+def test_images_of_the_reference_make_no_floor(wrap):
+    """The reference is the first 100 images: they are known by their bytes, however they are handed over. The other 230 are welcome, also where
+    one in a hundred is a twin, as happens in published sets; of 230 three are more."""
+    class Whole(torch.utils.data.Dataset):              # torch's own Subset gives no batch at a list
+        def __init__(self, rows):
+            self.rows = rows
+        def __len__(self):
+            return len(self.rows)
+        def __getitem__(self, index):
+            return torch.stack([self.rows[i] for i in index])
+    vae, scorer = DenseVAE((1, 4, 4), 2, (8,)).eval(), ImageScorer(Protocol("small", 60, 100, "train", "", shuffled=False), REAL, Blocks(), batch_size=32, seed=0)
+    wrapped = wrap(REAL[:100])
+    with pytest.raises(ValueError, match="are among the real ones that samples are held against; take the other split"):
+        reconstructions(vae, wrapped if isinstance(wrapped, torch.Tensor) else Whole(wrapped), scorer)
+    reconstructions(vae, REAL[100:], scorer)
+    reconstructions(vae, torch.cat([REAL[98:100], REAL[102:]]), scorer)
+    with pytest.raises(ValueError, match="of 230 images 3 are among"):
+        reconstructions(vae, torch.cat([REAL[97:100], REAL[103:]]), scorer)
+
+
+class Pixels(Blocks):
+    "The sixteen pixels of 1 x 4 x 4 images."
+    num_features = 16
+
+    def forward(self, images):
+        return images.float().flatten(1)
+
+
+class Keeping(FlatVAE):
+    """z is the image, standardised; its posterior keeps 0.7 of it and draws the rest anew. Of images from N(1/2, 0.1^2) the aggregate posterior
+    is the prior, exactly, and reconstructions have the images' own law."""
+    def __init__(self):
+        super().__init__(16)
+
+    def posterior(self, x):
+        return Independent(Normal(7 * (x.flatten(1) - 0.5), 0.51**0.5), 1)
+
+    def likelihood(self, z):
+        return Independent(Normal(0.5 + 0.1 * z.view(-1, 1, 4, 4), 0.01), 3)
+
+
+def test_a_perfect_prior_leaves_nothing_of_the_excess():
+    """D = 16, n = 400, known answer 0: within 5 standard errors of 12 repeats where the floor is of other images, ten times as many as are
+    drawn. A floor of the reference's own images, which has to be smuggled in through a scorer of others, is more than 5 errors off: it lies
+    at 0.6 of where independent draws of the same law lie."""
+    def images(n, scale=0.1):
+        return (0.5 + scale * torch.randn(n, 1, 4, 4)).clamp(0, 1)
+    vae = Keeping()
+    protocol, shares, floors = Protocol("p", 400, None, "train", ""), [], []
+    for seed in range(12):
+        real, others = images(400), images(4000)
+        settings = dict(batch_size=400, seed=seed)
+        scorer, elsewhere = ImageScorer(protocol, real, Pixels(), **settings), ImageScorer(protocol, others, Pixels(), **settings)
+        perfect, base, outside, inside = (scorer.score(draw) for draw in (
+            drawn_from(vae), lambda n, generator: images(n, 0.13), reconstructions(vae, others, scorer), reconstructions(vae, real, elsewhere)))
+        shares.append([excess_left(base, perfect, floor).value for floor in (outside, inside)])
+        floors.append([score.distance.value for score in (inside, perfect)])
+    mean, error = torch.tensor(shares).mean(0), torch.tensor(shares).std(0) / 12**0.5
+    assert abs(mean[0]) < 5 * error[0] and mean[1] > 5 * error[1] and mean[1] > 0.05
+    floor, independent = torch.tensor(floors).mean(0)
+    assert floor < 0.75 * independent
+
+
+# ---- files of statistics --------------------------------------------------------------------------------------------
+
+def test_a_file_of_statistics_stands_for_the_images(tmp_path):
+    """The same distance to rounding, under a name that says so; nothing that needs the features, and no error."""
+    settings, protocol = dict(batch_size=64, seed=0), Protocol("p", 300, 200, "train", "")
+    scorer = ImageScorer(protocol, REAL, Blocks(), **settings)
+    scorer.save_statistics(tmp_path / "real.npz")
+    by_file, scores = score_images(protocol, tmp_path / "real.npz", noise, Blocks(), **settings), scorer.score(noise)
+    assert by_file.distance.value == pytest.approx(scores.distance.value, rel=1e-9) and by_file.distance.n == 200
+    assert by_file.protocol == "p (300 of 300 generated, real ones by real.npz)" and by_file.reference == 200 and by_file.real == scores.real
+    assert by_file.distance.std_error is by_file.kernel is by_file.precision is by_file.recall is by_file.left is None
+    assert list(by_file.metrics("x")) == ["frechet_x"] and lower_by(by_file, by_file).std_error is None
+    again = ImageScorer(protocol, str(tmp_path / "real.npz"), Blocks(), **settings)
+    again.save_statistics(tmp_path / "copy.npz")
+    copied = score_images(protocol, tmp_path / "copy.npz", noise, Blocks(), **settings)
+    assert copied.distance.value == pytest.approx(scores.distance.value, rel=1e-9) and copied.real == scores.real
+
+
+def test_statistics_are_exchanged_with_pytorch_fid(tmp_path):
+    """Its files hold np.mean and np.cov of the features; its distance is by scipy's square root of the product. Ours are read the same way."""
+    from scipy.linalg import sqrtm
+    settings, protocol = dict(batch_size=64, seed=0), Protocol("p", 300, None, "train", "")
+    scorer = ImageScorer(protocol, REAL, Blocks(), **settings)
+    rows = scorer.real.rows.double().numpy()
+    np.savez(tmp_path / "theirs.npz", mu=np.mean(rows, axis=0), sigma=np.cov(rows, rowvar=False))
+    scorer.save_statistics(tmp_path / "ours.npz")
+    kept = []
+    class Kept(Blocks):
+        def forward(self, images):
+            kept.append(super().forward(images))
+            return kept[-1]
+    theirs = score_images(protocol, tmp_path / "theirs.npz", noise, Kept(), **settings)
+    fake = torch.cat(kept).double().numpy()
+    with np.load(tmp_path / "ours.npz") as ours, np.load(tmp_path / "theirs.npz") as file:
+        assert np.allclose(ours["mu"], file["mu"]) and np.allclose(ours["sigma"], file["sigma"]) and ours["n"] == 330
+        mean, covariance = ours["mu"], ours["sigma"]
+    difference = mean - fake.mean(0)
+    theirs_by_scipy = difference @ difference + np.trace(covariance + np.cov(fake, rowvar=False) - 2 * sqrtm(covariance @ np.cov(fake, rowvar=False)).real)
+    assert theirs.distance.value == pytest.approx(theirs_by_scipy, rel=1e-6) and theirs.reference is None and theirs.distance.n == 300
+    assert theirs.real != scorer.real.identity
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda arrays: arrays.pop("mu"), "does not give mu and sigma of 8 features: .*mu"),
+    (lambda arrays: arrays.update(mu=arrays["mu"][:7]), "must be finite, .8,. and .8, 8."),
+    (lambda arrays: arrays.update(mu=arrays["mu"] / 0), "must be finite"), (lambda arrays: arrays.update(sigma=arrays["sigma"] * float("nan")), "real.npz does not give"),
+    (lambda arrays: arrays.update(sigma=np.triu(arrays["sigma"])), "sigma symmetric"),
+    (lambda arrays: arrays.update(mu=np.array([{}], dtype=object)), "real.npz does not give"),
+    (lambda arrays: arrays.update(features="another net"), "it is of another net, and what measures is means of parts"),
+    (lambda arrays: arrays.update(n=8), "wants at least 20 images of each kind, got 300 generated and 8 real"),
+])
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_bad_files_of_statistics_are_refused(spoil, words, tmp_path):
+    path, settings, protocol = tmp_path / "real.npz", dict(batch_size=64, seed=0), Protocol("p", 300, None, "train", "")
+    ImageScorer(protocol, REAL, Blocks(), **settings).save_statistics(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    spoil(arrays)
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=words):
+        ImageScorer(protocol, path, Blocks(), **settings)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="real.npz does not give mu and sigma"):
+        ImageScorer(protocol, path, Blocks(), **settings)
+    with pytest.raises(ValueError, match="none.npz does not give mu and sigma .*No such file"):
+        ImageScorer(protocol, tmp_path / "none.npz", Blocks(), **settings)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

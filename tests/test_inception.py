@@ -1,14 +1,17 @@
 """The FID Inception: against torchvision's network with the pools of 2015, the resize against numpy, and bad weight files."""
 import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from tiny import digest, fill
 from torch.nn import functional as F
 
+from ncp_vae.engine.features import frechet_distance
 from ncp_vae.models.inception import FIDInception, load_inception, _read_checked, _stretch
 
 
@@ -90,6 +93,25 @@ def test_large_images_are_sampled_not_averaged():
     "Every second pixel of 598 is one of the 299: no hidden antialias."
     x = torch.rand(1, 3, 598, 598)
     assert torch.equal(_stretch(_stretch(x, -1), -2), x[..., ::2, ::2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(20, 31), (299, 299), (598, 320)])
+def test_the_resize_of_pytorch_fid_is_a_choice(reference, stub, size):
+    """Bytes over 255, bilinear about the pixels' centres without smoothing, then to [-1, 1]: torchvision's own resize of a Tensor without
+    antialias. The name says so, and the features are others."""
+    from torchvision.transforms.functional import InterpolationMode, resize
+    images = torch.randint(256, (1, 3, *size), dtype=torch.uint8)
+    chosen, other = load_inception(stub, digest(stub), "pytorch-fid"), load_inception(stub, digest(stub))
+    x = resize(images / 255, [299, 299], InterpolationMode.BILINEAR, antialias=False)
+    expected = reference[0](2 * x - 1)
+    assert (chosen(images) - expected).norm() < 1e-5 * expected.norm() < (chosen(images) - other(images)).norm()
+    assert chosen.name == f"{other.name}, images resized as by pytorch-fid"
+
+
+def test_an_unknown_resize_is_refused(stub):
+    with pytest.raises(ValueError, match="resize must be one of 2015, pytorch-fid; got 'antialias'"):
+        load_inception(stub, digest(stub), "antialias")
 
 
 def test_network_has_no_training_mode(network):
@@ -186,6 +208,53 @@ def test_a_file_that_is_no_dict_of_tensors_is_refused(tmp_path):
         torch.save(content, path)
         with pytest.raises(ValueError, match="not a file of tensors by name"):
             load_inception(path, digest(path))
+
+
+# ---- the weights themselves ------------------------------------------------------------------------------------------
+
+WEIGHTS = Path(os.environ.get("NCP_VAE_INCEPTION", ROOT / "data" / "pt_inception-2015-12-05-6726825d.pth"))
+
+
+@pytest.fixture(scope="module")
+def standard():
+    """The network with the standard file, which is not part of this repository: the variable NCP_VAE_INCEPTION names it, or it lies in data/."""
+    if not WEIGHTS.is_file():
+        pytest.skip(f"needs the standard weight file, at {WEIGHTS} or where NCP_VAE_INCEPTION says")
+    return load_inception(WEIGHTS)
+
+
+@torch.no_grad()
+def test_golden_values_of_the_standard_weights(standard):
+    """The examples in torchmetrics' documentation of FrechetInceptionDistance (64 features, those of the first pool) and of
+    KernelInceptionDistance (2,048), which run torch-fidelity's network with this file: two sets of 100 noise images, of levels 0 to 199 and
+    100 to 254. Printed there are 12.7202 (0.x) and 12.6388 (1.9), and 0.0337 (0.x) and 0.0312 (1.9): the same laws, other random numbers.
+    The tolerances, 3 % and 20 %, are several times the spread between the versions; another scale of the pixels, another pool or another order
+    of the layers is far off. At 299 pixels nothing is resized."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+    first = []
+    hook = standard.maxpool1.register_forward_hook(lambda module, args, out: first.append(out.mean((2, 3))))
+    torch.manual_seed(123)
+    kid = KernelInceptionDistance(feature=standard, subset_size=50)
+    for low, high, real in ((0, 200, True), (100, 255, False)):
+        for images in torch.randint(low, high, (100, 3, 299, 299), dtype=torch.uint8).split(10):
+            kid.update(images, real=real)
+    hook.remove()
+    assert frechet_distance(*torch.cat(first).chunk(2)) == pytest.approx(12.68, rel=0.03)
+    assert kid.compute()[0].item() == pytest.approx(0.0325, rel=0.2)
+
+
+@torch.no_grad()
+def test_invariants_of_the_standard_weights(standard):
+    """No value of them is published: features are means of rectified maps, grey is three equal channels, the batch plays no part, and a photograph
+    is nearer to itself mirrored than to noise."""
+    from sklearn.datasets import load_sample_image
+    photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1)[None, :, :299, :299]
+    noise = torch.randint(256, photograph.shape, dtype=torch.uint8)
+    features = standard(torch.cat([photograph, photograph.flip(-1), noise]))
+    assert standard.is_standard and standard.name == "Inception-v3 of 2015-12-05" and (features >= 0).all()
+    assert torch.allclose(standard(photograph), features[:1], atol=1e-4)
+    assert torch.allclose(standard(noise[:, :1]), standard(noise[:, :1].expand(-1, 3, -1, -1)), atol=1e-5)
+    assert (features[0] - features[1]).norm() < (features[0] - features[2]).norm()
 
 
 def test_the_counters_may_be_absent(reference, network, tmp_path):

