@@ -225,13 +225,14 @@ def _verdict(rows: list, runs: list) -> str:
           "data and smaller nets: they say whether an effect is there."] * bool(missing),
         *lines[False],
         *[f"- **Worse under the NCP:** {'; '.join(worse)}."] * bool(worse),
-        *[f"- **On weak footing,** for what the last column says: {', '.join(doubted)}."] * bool(doubted)])
+        *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)])
 
 # %% ../../nbs/engine/report.ipynb #017cba2d
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    "A Markdown table."
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    "A Markdown table, whose numbers stay with their errors."
+    lines = [[cell.replace("|", "\\|").replace(" ± ", "\u00a0±\u00a0") for cell in line]
+             for line in [head, ["---"] * len(head), *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../../nbs/engine/report.ipynb #64d1dfa3
 def columns(rows: list[list[str]]) -> str:
@@ -246,11 +247,11 @@ def _claim_tables(rows: list) -> str:
     for claim in paper.CLAIMS:
         mine = [row for row in rows if row.claim is claim]
         more = list(dict.fromkeys(title for row in mine for title in row.more))
-        head = ["our model", "data", "base → ours", "on", "gain", "seeds", "seen?", *more, "doubts"]
+        head = ["our model", "data", "base → ours", "on", "gain", "seeds", "seen?", "doubts", *more]
         lines = [[_about(row.family[0], "model"), _label(row.family), row.sides,
                   _about(row.family[0], "against"), _cell(row.gain, f" {row.gain.unit}"), row.seeds,
-                  f"**{row.answer}**", *(row.more.get(title, [""])[0] for title in more),
-                  "; ".join(doubt for run in row.family for doubt in _doubts(run))] for row in mine]
+                  f"**{row.answer}**", "; ".join(doubt for run in row.family for doubt in _doubts(run)),
+                  *(row.more.get(title, [""])[0] for title in more)] for row in mine]
         parts += [f"**{_items(claim.items)}: {claim.says}.** In the paper: {paper.printed(claim)}.",
                   _table(head, lines)] * bool(mine)
     return "\n\n".join(parts) or "No run."
