@@ -8,6 +8,7 @@ __all__ = ['COLORS', 'use_style', 'image_panels', 'neighbour_rows', 'point_panel
 
 # %% ../../nbs/engine/plots.ipynb #bb2aa04b
 import json
+import re
 from math import log
 from pathlib import Path
 
@@ -94,21 +95,23 @@ def read_history(path: str | Path) -> list[dict]:
 _KNOWS_NOTHING = 2 * log(2)    # the loss of one group's classifier that does, in nats
 
 def history_panels(path: str | Path) -> plt.Figure:
-    """Loss against step, a panel for each stage that the history holds.
+    """Loss against step, a panel for each stage that the history holds; dots: on held-out images.
 
     The ratios' loss is the sum over the groups; dotted where classifiers that know nothing would be."""
     rows = [row for row in read_history(path) if "loss" in row]
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    stages = list(dict.fromkeys(row["stage"].removesuffix(" held-out") for row in rows))
     fig, axes = plt.subplots(1, len(stages), figsize=(3.6 * len(stages), 2.6), squeeze=False)
     for ax, stage in zip(axes[0], stages):
-        mine = [row for row in rows if row["stage"] == stage]
-        ax.plot([row["step"] for row in mine], [row["loss"] for row in mine],
-                color=COLORS["base" if stage == "vae" else "NCP"], lw=1)
-        ax.set(title=f"stage {stage}", xlabel="step", ylabel="loss [nats]")
+        for name, line in ((stage, "-"), (f"{stage} held-out", "o:")):
+            mine = [row for row in rows if row["stage"] == name]
+            ax.plot([row["step"] for row in mine], [row["loss"] for row in mine], line,
+                    color=COLORS["base" if stage == "vae" else "NCP"], lw=1, ms=3)
+        groups = max(len([name for name in row if re.fullmatch(r"loss_\d+", name)])
+                     for row in rows if row["stage"].startswith(stage))
+        ax.set(title=f"stage {stage}", xlabel="step",
+               ylabel=f"loss, sum of {groups} groups [nats]" if groups > 1 else "loss [nats]")
         if stage != "vae":
-            groups = max(1, sum(name.startswith("loss_") for name in mine[0]))
-            ax.axhline(groups * _KNOWS_NOTHING, color="0.7", ls=":")
-            ax.set(ylabel=f"loss, sum of {groups} groups [nats]" if groups > 1 else "loss [nats]")
+            ax.axhline(max(1, groups) * _KNOWS_NOTHING, color="0.7", ls=":")
     return fig
 
 # %% ../../nbs/engine/plots.ipynb #e23c016f
