@@ -2,6 +2,7 @@
 
 Nothing is executed here: a page shows the outputs that its notebook was committed with."""
 import ast
+import json
 import os
 import re
 import shutil
@@ -50,11 +51,24 @@ def relink(text, folder, target):
     return re.sub(r"\]\(([^)#\s]+)", rewrite, text)
 
 
-def site_target(page):
-    "Where a link from site page `page` leads: another page, or the file in the repository's web view."
+def executed():
+    """Site page -> the notebook of a kept run. The first of an experiment, by name, stands in the place of its page in nbs/runs,
+    which was executed at the smallest size; the others stand beside it."""
+    pages = {}
+    for path in sorted((ROOT / "results").glob("*/notebook.ipynb")):
+        page = f"runs/{json.loads((path.parent / 'params.json').read_text(encoding='utf-8'))['experiment']}.ipynb"
+        pages[f"runs/{path.parent.name}.ipynb" if page in pages else page] = path
+    return pages
+
+
+def site_target(page, kept):
+    "Where a link from site page `page` leads: another page, a file of results/, or the file in the repository's web view."
+    homes = {path.relative_to(ROOT).as_posix(): place for place, path in kept.items()}
     def target(path):
-        if path.startswith("nbs/") or path in TEXTS:
-            return os.path.relpath(TEXTS.get(path, path[4:]), Path(page).parent)
+        if path.startswith("nbs/") or path in TEXTS or path in homes:
+            return os.path.relpath(homes.get(path, TEXTS.get(path, path[4:])), Path(page).parent)
+        if path.startswith("results/") and not path.endswith(".md"):      # a figure or a record: see stage()
+            return os.path.relpath(f"../{path}", Path(page).parent)
         return f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}/{path}"
     return target
 
@@ -102,20 +116,29 @@ def stage():
     chapters = {part: sorted(p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs" / part).glob("*.ipynb"))
                 for part in PARTS}
     chapters["engine"].insert(0, "your_own.ipynb")
-    chapters["runs"].insert(0, "results.ipynb")
+    kept = executed()
+    chapters["runs"] = ["results.ipynb", *sorted({*chapters["runs"], *kept})]
     trees = [toctree(PARTS[part], pages) for part, pages in chapters.items() if pages]
     trees += [toctree("Reference", [f"api/{floor}" for floor in FLOORS]), toctree("About", TEXTS.values())]
 
+    (WORK / "results").symlink_to(ROOT / "results")        # beside the pages, so that they find the figures and records
+
     for page in ["index.ipynb", *sum(chapters.values(), [])]:
-        notebook = visible(nbformat.read(ROOT / "nbs" / page, as_version=4))
+        notebook = visible(nbformat.read(kept.get(page, ROOT / "nbs" / page), as_version=4))
+        if page in kept:
+            title, _, rest = notebook.cells[0].source.partition("\n")
+            notebook.cells[0].source = f"{title}: the run `{kept[page].parent.name}`\n{rest}"
         for cell in notebook.cells:
+            target, folder = site_target(page, kept), Path("nbs", page).parent
             if cell.cell_type == "markdown":
-                cell.source = relink(link_names(cell.source, homes), Path("nbs", page).parent, site_target(page))
+                cell.source = relink(link_names(cell.source, homes), folder, target)
+            for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+                data.update({kind: relink(text, folder, target) for kind, text in data.items() if kind == "text/markdown"})
         if page == "index.ipynb":
             notebook.cells.append(nbformat.v4.new_markdown_cell("\n".join(trees)))
         write(page, nbformat.writes(notebook))
     for path, page in TEXTS.items():
-        write(page, relink((ROOT / path).read_text(encoding="utf-8"), Path(path).parent, site_target(page)))
+        write(page, relink((ROOT / path).read_text(encoding="utf-8"), Path(path).parent, site_target(page, kept)))
     for floor in FLOORS:
         found = modules(floor)
         title = ".".join(["ncp_vae", *Path(FLOORS[floor]).parts])
@@ -129,6 +152,7 @@ def stage():
 def build():
     "Stage, run Sphinx, and put the site in its place; a warning is an error."
     shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir()
     stage()
     code = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", ROOT / "docs",
                            "-d", WORK / "doctrees", SOURCE, WORK / "html"]).returncode

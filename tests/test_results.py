@@ -1,8 +1,10 @@
 """The committed results: whole records of runs that succeeded, and the same numbers in the README."""
 import json
 import re
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from ncp_vae.engine.parameters import find_experiment
@@ -23,6 +25,81 @@ def test_a_committed_run_is_whole(folder):
     assert record["commit"] and not record["commit"].endswith("-dirty")
     assert all(metric["kind"] in KINDS for metric in record["metrics"].values())
     assert list((folder / "figures").glob("*.png"))
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_a_kept_notebook_is_small_and_has_no_traces(folder):
+    path = folder / "notebook.ipynb"
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.encode()) < 500_000 and "run_dir = \\\"" not in text and str(ROOT) not in text
+        assert not any(output.get("name") == "stderr" for cell in nbformat.reads(text, 4).cells for output in cell.get("outputs", []))
+
+
+def a_run(folder, pixels):
+    "A run as the command leaves it, whose notebook has one picture of random pixels."
+    import base64
+    import io
+
+    import numpy
+    import PIL.Image
+    folder.joinpath("figures").mkdir(parents=True)
+    for name in ("params", "environment", "status", "metrics"):
+        folder.joinpath(f"{name}.json").write_text(json.dumps({"of": name, "experiment": "images"}))
+    folder.joinpath("figures", "headline.png").touch()
+    file = io.BytesIO()
+    noise = numpy.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), dtype=numpy.uint8)
+    PIL.Image.fromarray(noise).save(file, "png")
+    v4 = nbformat.v4
+    picture = v4.new_output("display_data", {"image/png": base64.b64encode(file.getvalue()).decode()})
+    cells = [v4.new_markdown_cell("# Images\n\n> The page", metadata={"papermill": {"duration": 1.0}}),
+             v4.new_code_cell(f'# Parameters\nseed = 0\nrun_dir = "{folder}"', metadata={"tags": ["injected-parameters"]}),
+             v4.new_code_cell("run = 1", execution_count=3,
+                              outputs=[v4.new_output("stream", name="stderr", text="50%"), v4.new_output("stream", text="4.0 nats"), picture])]
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"papermill": {"input_path": str(folder)}}), folder / "notebook.ipynb")
+    return folder
+
+
+@pytest.fixture
+def docs(monkeypatch):
+    "The scripts of docs/."
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    yield
+    for name in ("build", "keep"):
+        sys.modules.pop(name, None)
+
+
+def test_keeping_a_run_copies_what_is_a_result(docs, tmp_path):
+    import keep
+    folder = a_run(tmp_path / "run", pixels=500)      # 750 kB in true colours
+    keep.keep(folder, tmp_path / "kept")
+    kept = (tmp_path / "kept" / "notebook.ipynb").read_text(encoding="utf-8")
+    assert len(kept.encode()) < 500_000 < (folder / "notebook.ipynb").stat().st_size
+    assert "4.0 nats" in kept and "seed = 0" in kept and "50%" not in kept and str(folder) not in kept
+    for name in ("params.json", "status.json", "metrics.json", "environment.json", "figures/headline.png"):
+        assert (tmp_path / "kept" / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(FileExistsError):
+        keep.keep(folder, tmp_path / "kept")
+
+
+def test_a_notebook_that_stays_too_large_is_not_kept(docs, tmp_path):
+    import keep
+    with pytest.raises(ValueError, match="bytes with its pictures in 16 colours; 500,000 are allowed"):
+        keep.keep(a_run(tmp_path / "run", pixels=1500), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_site_shows_kept_notebooks_instead_of_the_smallest_ones(docs, tmp_path, monkeypatch):
+    import build
+    for name in ("b", "a"):
+        a_run(tmp_path / "results" / name, pixels=8)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    kept = build.executed()
+    assert kept == {"runs/images.ipynb": tmp_path / "results/a/notebook.ipynb", "runs/b.ipynb": tmp_path / "results/b/notebook.ipynb"}
+    target = build.site_target("results.ipynb", kept)
+    assert target("results/b/notebook.ipynb") == "runs/b.ipynb" and target("nbs/runs/images.ipynb") == "runs/images.ipynb"
+    assert target("results/a/figures/headline.png") == "../results/a/figures/headline.png"
+    assert target("results/README.md").startswith("https://")
 
 
 def test_the_readme_says_what_the_runs_found():

@@ -8,6 +8,7 @@ __all__ = ['COLORS', 'use_style', 'image_panels', 'neighbour_rows', 'point_panel
 
 # %% ../../nbs/engine/plots.ipynb #bb2aa04b
 import json
+import re
 from math import log
 from pathlib import Path
 
@@ -91,20 +92,26 @@ def read_history(path: str | Path) -> list[dict]:
     "The rows of a JSON-lines history, of every stage, in the order in which they were written."
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
-_KNOWS_NOTHING = 2 * log(2)    # the loss of a classifier that does, in nats
+_KNOWS_NOTHING = 2 * log(2)    # the loss of one group's classifier that does, in nats
 
 def history_panels(path: str | Path) -> plt.Figure:
-    "Loss against step, a panel for each stage that the history holds."
+    """Loss against step, a panel for each stage that the history holds; dots: on held-out images.
+
+    The ratios' loss is the sum over the groups; dotted where classifiers that know nothing would be."""
     rows = [row for row in read_history(path) if "loss" in row]
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    stages = list(dict.fromkeys(row["stage"].removesuffix(" held-out") for row in rows))
     fig, axes = plt.subplots(1, len(stages), figsize=(3.6 * len(stages), 2.6), squeeze=False)
     for ax, stage in zip(axes[0], stages):
-        mine = [row for row in rows if row["stage"] == stage]
-        ax.plot([row["step"] for row in mine], [row["loss"] for row in mine],
-                color=COLORS["base" if stage == "vae" else "NCP"], lw=1)
-        ax.set(title=f"stage {stage}", xlabel="step", ylabel="loss [nats]")
+        for name, line in ((stage, "-"), (f"{stage} held-out", "o:")):
+            mine = [row for row in rows if row["stage"] == name]
+            ax.plot([row["step"] for row in mine], [row["loss"] for row in mine], line,
+                    color=COLORS["base" if stage == "vae" else "NCP"], lw=1, ms=3)
+        groups = max(len([name for name in row if re.fullmatch(r"loss_\d+", name)])
+                     for row in rows if row["stage"].startswith(stage))
+        ax.set(title=f"stage {stage}", xlabel="step",
+               ylabel=f"loss, sum of {groups} groups [nats]" if groups > 1 else "loss [nats]")
         if stage != "vae":
-            ax.axhline(_KNOWS_NOTHING, color="0.7", ls=":")
+            ax.axhline(max(1, groups) * _KNOWS_NOTHING, color="0.7", ls=":")
     return fig
 
 # %% ../../nbs/engine/plots.ipynb #e23c016f
@@ -114,18 +121,17 @@ def group_panels(path: str | Path, ess: list[float], proposals: int) -> plt.Figu
     path: a history with held-out rows of the first stage. ess: of each group, among so many proposals."""
     rows = [row for row in read_history(path) if row["stage"] == "ncp held-out"]
     colors = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(ess)).tolist())
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     for k, color in enumerate(colors):
         losses = [row[f"loss_{k}"] for row in rows]
         left.plot([row["step"] for row in rows], losses, color=color, lw=1.2, label=f"group {k + 1}")
-        right.plot(losses[-1], ess[k], "o", color=color)
-        right.annotate(f" {k + 1}", (losses[-1], ess[k]), fontsize=8)
+        right.plot(losses[-1], ess[k], "o", color=color, alpha=0.8)
     for line in (left.axhline, right.axvline):
         line(_KNOWS_NOTHING, color="0.7", ls=":")
-    left.set(xlabel="step", ylabel="held-out loss [nats]")
-    left.legend(fontsize=7, ncols=1 + len(ess) // 6)
+    left.set(xlabel="step", ylabel="held-out loss of a group [nats]")
     right.set(xlabel="final held-out loss [nats]", ylabel=f"ESS of {proposals} proposals",
-              ylim=(0, proposals * 1.05))
+              yscale="log", ylim=(0.9, proposals * 1.3))
+    fig.legend(loc="outside right center", fontsize=7, ncols=1 + len(ess) // 12)
     return fig
 
 # %% ../../nbs/engine/plots.ipynb #0337bd8b
