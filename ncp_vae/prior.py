@@ -6,6 +6,7 @@
 __all__ = ['Estimate', 'ReweightedPrior', 'NoiseContrastivePrior', 'sir_density_ratio']
 
 # %% ../nbs/theory/08_prior.ipynb #d4e41fb2
+import warnings
 from dataclasses import dataclass
 from math import inf, log, nan
 from typing import Callable, Iterator, Protocol, Sequence
@@ -16,8 +17,8 @@ from torch.nn.functional import logsigmoid
 
 from .measured import Measured
 from .nce import RatioEstimator
-from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size, one_a_group,
-                                pareto_k_hat, proposals_of)
+from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size,
+                                k_hat_threshold, one_a_group, pareto_k_hat, proposals_of)
 from .walk import Step, TopDownVAE, Trace, evaluating, from_prior, replay, scoring, seeded
 
 # %% ../nbs/theory/08_prior.ipynb #acebb686
@@ -175,7 +176,8 @@ class NoiseContrastivePrior(ReweightedPrior):
                       method: Partition | None = None) -> Estimate:
         """Estimate log Z = log E_p(z)[r(z)]; keep it for `log_prob`.
 
-        method None: the mean of r over draws of the base prior; look at its k_hat.
+        method None: the mean of r over draws of the base prior. A k_hat from `k_hat_threshold` on
+        is a warning: neither value nor error can be believed.
         ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are zero."""
         if num_samples < 2:
             raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")
@@ -183,6 +185,10 @@ class NoiseContrastivePrior(ReweightedPrior):
             estimate = (estimate_log_mean(self.log_weights(num_samples, generator))
                         if method is None
                         else method.log_partition(self, num_samples, generator))
+        if estimate.k_hat >= (limit := k_hat_threshold(estimate.n)):
+            warnings.warn(f"log_partition: k-hat is {estimate.k_hat:.2f}, and from {limit:.2f} on neither "
+                          f"log Z nor its error can be believed ({estimate.n} weights). Take another "
+                          "method (SMC, AIS, Bridge) or a ratio that is less sure", stacklevel=2)
         self.log_z.fill_(estimate.value)
         self.log_z_std_error.fill_(estimate.std_error)
         return estimate
