@@ -94,14 +94,15 @@ def read_history(path: str | Path) -> list[dict]:
 _KNOWS_NOTHING = 2 * log(2)    # the loss of a classifier that does, in nats
 
 def history_panels(path: str | Path) -> plt.Figure:
-    "Loss against step, a panel for each stage that the history holds."
+    "Loss against step, a panel for each stage that the history holds; dots: on held-out images."
     rows = [row for row in read_history(path) if "loss" in row]
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    stages = list(dict.fromkeys(row["stage"].removesuffix(" held-out") for row in rows))
     fig, axes = plt.subplots(1, len(stages), figsize=(3.6 * len(stages), 2.6), squeeze=False)
     for ax, stage in zip(axes[0], stages):
-        mine = [row for row in rows if row["stage"] == stage]
-        ax.plot([row["step"] for row in mine], [row["loss"] for row in mine],
-                color=COLORS["base" if stage == "vae" else "NCP"], lw=1)
+        for name, line in ((stage, "-"), (f"{stage} held-out", "o:")):
+            mine = [row for row in rows if row["stage"] == name]
+            ax.plot([row["step"] for row in mine], [row["loss"] for row in mine], line,
+                    color=COLORS["base" if stage == "vae" else "NCP"], lw=1, ms=3)
         ax.set(title=f"stage {stage}", xlabel="step", ylabel="loss [nats]")
         if stage != "vae":
             ax.axhline(_KNOWS_NOTHING, color="0.7", ls=":")
