@@ -89,6 +89,12 @@ def _diverged(settings: dict, what: str) -> FloatingPointError:
     return FloatingPointError(f"{settings['name']}: {what}; begin anew with a lower lr than "
                               f"{settings['lr']}, or look at the data")
 
+def _optimizer(loss: nn.Module, lr: float, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    "Of the recipe, for all parameters of the loss."
+    kind = {"adam": partial(torch.optim.Adam, fused=device.type in ("cpu", "cuda")),
+            "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
+    return kind(loss.parameters(), lr, weight_decay=recipe.weight_decay)
+
 # %% ../../nbs/engine/train.ipynb #1e05dd27
 class _Training:
     "What changes while `loss` is trained, and where it is kept; goes on from `checkpoint` where that exists."
@@ -96,15 +102,12 @@ class _Training:
     def __init__(self, loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
                  checkpoint: str | Path | None):
         self.settings = settings
-        self.clip = recipe.clip
         self.machine = machine
         self.checkpoint = checkpoint
         self.accelerator = Accelerator()
         self.lr_at = partial(_lr_at, steps=settings["steps"], lr=settings["lr"], recipe=recipe)
-        kind = {"adam": partial(torch.optim.Adam, fused=self.accelerator.device.type in ("cpu", "cuda")),
-                "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
         self.model = self.accelerator.prepare(loss)
-        self.optimizer = kind(loss.parameters(), settings["lr"], weight_decay=recipe.weight_decay)
+        self.optimizer = _optimizer(loss, settings["lr"], recipe, self.accelerator.device)
         speed_up(loss, machine.channels_last, machine.compile)
         self.state = dict(loss=loss, optimizer=self.optimizer)
         self.step = self.kept = 0
@@ -119,9 +122,7 @@ class _Training:
             self.best = saved["best"]
 
     def keep(self) -> None:
-        """Write the checkpoint, unless it is there or a step was left halfway.
-
-        FloatingPointError where a weight is not finite."""
+        "Write the checkpoint, if it is new and of a whole step; FloatingPointError where it is not finite."
         if self.kept == self.step or not self.whole:
             return
         state = {key: part.state_dict() for key, part in self.state.items()}
@@ -130,16 +131,13 @@ class _Training:
             after = f"after step {self.step} of {self.settings['steps']}"
             raise _diverged(self.settings, f"{after} {spoilt[0]} is not finite")
         if self.checkpoint is not None and self.accelerator.is_main_process:
-            checkpoints.save(self.checkpoint,
-                             dict(settings=self.settings, step=self.step, best=self.best, **state))
+            state.update(settings=self.settings, step=self.step, best=self.best)
+            checkpoints.save(self.checkpoint, state)
         self.kept = self.step
 
 # %% ../../nbs/engine/train.ipynb #5d586383
-def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
-    """One step on a batch; its loss and what else is logged.
-
-    FloatingPointError, before the weights move, where the loss or its gradient is not finite."""
-    training.whole = False
+def _backward(training: _Training, x: Tensor) -> dict[str, Tensor]:
+    "The batch's loss and what else is logged; its gradient is with the weights."
     terms = {}
     for part in x.tensor_split(training.machine.parts):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=training.machine.bf16):
@@ -147,14 +145,23 @@ def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
         found = {key: value * (len(part) / len(x)) for key, value in found.items()}
         found["loss"].backward()
         terms = {key: terms.get(key, 0) + value.detach() for key, value in found.items()}
+    return terms
+
+# %% ../../nbs/engine/train.ipynb #e03d646c
+def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
+    """One step on a batch; its loss and what else is logged.
+
+    FloatingPointError, before the weights move, where the loss or its gradient is not finite."""
+    training.whole = False
+    terms = _backward(training, x)
     groups = training.optimizer.param_groups
     weights = [weight for group in groups for weight in group["params"]]
     slope = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     if not torch.isfinite(terms["loss"] + slope):
         what = f"the loss is {terms['loss'].item()} and its gradient's norm {slope.item()}"
         raise _diverged(training.settings, f"{what} at step {training.step} of {training.settings['steps']}")
-    if training.clip:
-        nn.utils.clip_grads_with_norm_(weights, training.clip, slope)
+    if clip := training.settings["recipe"]["clip"]:
+        nn.utils.clip_grads_with_norm_(weights, clip, slope)
     for group in groups:
         group["lr"] = training.lr_at(training.step)
     training.optimizer.step()
@@ -247,6 +254,17 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
     finally:
         training.keep()
 
+# %% ../../nbs/engine/train.ipynb #f642fe10
+def _check_fit(loss: nn.Module, name: str, steps: int, lr: float, rows: int, parts: int) -> None:
+    "ValueError where `fit` cannot begin. rows: of a batch, on one process."
+    if not isinstance(steps, int) or steps < 1 or not lr > 0:
+        raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive, "
+                         f"got {steps} and {lr}")
+    if not any(parameter.requires_grad for parameter in loss.parameters()):
+        raise ValueError(f"{name}: there is no parameter to train")
+    if parts > max(1, rows):
+        raise ValueError(f"Machine: parts {parts} must be at most the batch of {rows}")
+
 # %% ../../nbs/engine/train.ipynb #fc0648e0
 def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
         about: dict = {}, recipe: Recipe = Recipe(), machine: Machine = Machine(),
@@ -263,14 +281,7 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
     ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
     not finite, or weights are kept that are not."""
-    if not isinstance(steps, int) or steps < 1 or not lr > 0:
-        raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive, "
-                         f"got {steps} and {lr}")
-    if not any(parameter.requires_grad for parameter in loss.parameters()):
-        raise ValueError(f"{name}: there is no parameter to train")
-    rows = batch_size // Accelerator().num_processes
-    if machine.parts > max(1, rows):
-        raise ValueError(f"Machine: parts {machine.parts} must be at most the batch of {rows}")
+    _check_fit(loss, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
                     **about)
     training = _Training(loss, settings, recipe, machine, checkpoint)
@@ -389,20 +400,34 @@ def _count_stages(ncp: NoiseContrastivePrior) -> int:
     "How many stages an NCP was trained in."
     return 1 + sum(isinstance(module, StagedRatio) for module in ncp.ratios[0].modules())
 
-def _check_base(vae: TopDownVAE, base: NoiseContrastivePrior | None, sampler: Sampler | None) -> None:
-    "ValueError where one of base and sampler is missing, or base stands on another VAE."
+def _stage_name(vae: TopDownVAE, base: NoiseContrastivePrior | None, sampler: Sampler | None) -> str:
+    "ncp, ncp-2, ...; ValueError where one of base and sampler is missing, or base stands on another VAE."
     if (base is None) != (sampler is None):
         raise ValueError("fit_ncp: a further stage needs base, the NCP trained so far, and sampler, which "
                          "draws from it; give both")
-    if base is not None and base.vae is not vae:
+    if base is None:
+        return "ncp"
+    if base.vae is not vae:
         raise ValueError("fit_ncp: base was trained on another VAE than the one given")
+    return f"ncp-{1 + _count_stages(base)}"
+
+def _about_ncp(ncp: NoiseContrastivePrior, base: NoiseContrastivePrior | None,
+               sampler: Sampler | None) -> dict:
+    "What a checkpoint must agree with: the ratios' shape, the frozen VAE, the stages before, their sampler."
+    return dict(model=_description(ncp), frozen=digest("", ncp.vae.state_dict().values()),
+                base=base and digest("", base.ratios.state_dict().values()),
+                sampler=sampler and f"{type(sampler).__name__}{vars(sampler)}")
 
 # %% ../../nbs/engine/train.ipynb #f3398073
-_FEW = 2000    # images below which the default ratio is a small one
+_FEW = 2000    # images, fewer of which have a smaller ratio and weight decay by default
+
+def _usual_recipe(images: int) -> Recipe:
+    "The recipe of a default ratio: weight decay where images are few."
+    return Recipe(weight_decay=1e-3 if 0 < images < _FEW else 0.0)
 
 def _default_ratios(vae: TopDownVAE, images: int, seed: int) -> list[MLPRatio]:
-    "One perceptron a group, weights a function of the seed: App. I's size, or a small one for few images."
-    hidden = (64, 64) if 0 < images < _FEW else (256, 256, 256)
+    "One perceptron a group, weights a function of the seed: App. I's size, or smaller where images are few."
+    hidden = (128, 128) if 0 < images < _FEW else (256, 256, 256)
     with undisturbed(torch.device("cpu")):
         torch.default_generator.manual_seed(stream(seed, "ratios"))
         return [MLPRatio(z, c, hidden) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
@@ -417,6 +442,7 @@ def _held_out_reports(ncp: NoiseContrastivePrior, negatives: Callable, seed: int
             for name, value in vars(report).items()}
     return dict(each, loss=round(sum(report.loss for report in reports), 6))
 
+# %% ../../nbs/engine/train.ipynb #6f9310b4
 _BY_HEART = 0.25    # of what the training loss claims, the share that is not there on held-out images
 
 def _warn_if_overfitted(look: Callable[[Tensor], dict], seen: Tensor, held_out: Tensor) -> None:
@@ -426,44 +452,48 @@ def _warn_if_overfitted(look: Callable[[Tensor], dict], seen: Tensor, held_out: 
     low, high = (row["loss"] for row in rows)
     claimed = len(errors) * log(2) - low              # two rows of K groups: 2 log 2 a group knows nothing
     if high - low > max(3 * hypot(*errors), _BY_HEART * claimed):
+        share = min(1, (high - low) / claimed)
         warnings.warn(f"fit_ncp: the loss is {low:.3f} on training images and {high:.3f} on held-out ones: "
-                      f"{min(1, (high - low) / claimed):.0%} of what the ratio has learned is about the training "
-                      "images alone. Take a smaller ratio, weight decay or more images, and do not trust "
-                      "gradient samplers on it", stacklevel=3)
+                      f"{share:.0%} of what the ratio has learned is about the training images alone. Take a "
+                      "smaller ratio, weight decay or more images, and do not trust gradient samplers on it",
+                      stacklevel=4)
+
+# %% ../../nbs/engine/train.ipynb #cf3c6557
+def _fit_watched(ncp: NoiseContrastivePrior, loss: NCELoss, data: Images, held_out: Tensor | None, *,
+                 batch_size: int, seed: int, about: dict, machine: Machine, **how) -> None:
+    "`fit`, watched by the ratios' loss on held-out images where there are some, and compared at the end."
+    look = partial(_held_out_reports, ncp, loss.negatives, stream(seed, "held-out"),
+                   -(-batch_size // machine.parts))
+    about = dict(about, data=digest_of_data(data), held_out=digest_of_data(held_out))
+    fit(loss, data, batch_size=batch_size, seed=seed, about=about, machine=machine,
+        monitor=None if held_out is None else partial(look, held_out), **how)
+    if held_out is not None:
+        device = Accelerator().device
+        _warn_if_overfitted(look, first_images(data, len(held_out), batch_size, seed, device), held_out)
 
 # %% ../../nbs/engine/train.ipynb #f922f40b
 def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None, steps: int,
             batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
-            sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
+            sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe | None = None,
             machine: Machine = Machine(), history: str | Path | None = None,
             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
     """Stage two: freeze the VAE and train one classifier for each latent group (Eq. 3, 4), all at once.
 
-    ratios: one a group; None: `MLPRatio`s, small ones for few images. held_out: [N, *image] not in data; what
-    the ratios say of them is in the history, and the weights returned are those of the lowest loss there,
-    summed over the groups; where the training's is far below it, a warning. base: an NCP trained before, for
-    a further stage against `sampler`'s draws from it (see `stage_negatives`); the result is the product of
-    both. The rest: see `fit`.
+    ratios: one a group; None: `MLPRatio`s of App. I's size, below 2,000 images smaller ones and weight decay.
+    held_out: [N, *image] not in data, by whose loss, summed over groups, the best step is chosen; a warning
+    where the training's is far below. base: an NCP trained before, for a further stage against `sampler`'s
+    draws from it (see `stage_negatives`); the result is the product of both. The rest: see `fit`.
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
-    _check_base(vae, base, sampler)
+    name = _stage_name(vae, base, sampler)
     if ratios is None:
+        recipe = recipe or _usual_recipe(count_images(data))
         ratios = _default_ratios(vae, count_images(data), seed)
     ncp = NoiseContrastivePrior(vae, ratios)
-    device = Accelerator().device
-    speed_up(vae.to(device), machine.channels_last, machine.compile)
+    speed_up(vae.to(Accelerator().device), machine.channels_last, machine.compile)
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
-    look = partial(_held_out_reports, ncp, loss.negatives, stream(seed, "held-out"),
-                   -(-batch_size // machine.parts))
-    about = dict(model=_description(ncp), data=digest_of_data(data), held_out=digest_of_data(held_out),
-                 frozen=digest("", vae.state_dict().values()),
-                 base=base and digest("", base.ratios.state_dict().values()),
-                 sampler=sampler and f"{type(sampler).__name__}{vars(sampler)}")
-    fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
-        name="ncp" if base is None else f"ncp-{1 + _count_stages(base)}", about=about, recipe=recipe,
-        machine=machine, monitor=None if held_out is None else partial(look, held_out),
-        history=history, checkpoint=checkpoint)
-    if held_out is not None:
-        _warn_if_overfitted(look, first_images(data, len(held_out), batch_size, seed, device), held_out)
+    _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
+                 about=_about_ncp(ncp, base, sampler), recipe=recipe or Recipe(), machine=machine,
+                 history=history, checkpoint=checkpoint)
     if base is not None:
         ncp = NoiseContrastivePrior(vae, [StagedRatio(both) for both in zip(base.ratios, ncp.ratios)])
-    return ncp.to(device).eval()
+    return ncp.to(Accelerator().device).eval()
