@@ -457,6 +457,23 @@ def test_a_loss_far_above_that_of_the_training_is_a_warning():
         fit_ncp(vae, points(16, 0), ratios=memoriser(), **BY_HEART)              # nothing is known of it
 
 
+# ---- the default ratio ------------------------------------------------------------------------------------------------
+
+def test_the_default_ratio_follows_the_number_of_images():
+    "Where that is known; a caller's own ratio is taken as it is."
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.zeros(2)
+    def trained(data, **how):
+        ncp = fit_ncp(Spread(), data, **{**FEW, "steps": 1}, **how)
+        return sum(weight.numel() for weight in ncp.ratios.parameters())
+    few, many = points(1999, 0), points(2000, 0)
+    assert trained(few) == trained(torch.utils.data.DataLoader(few, 8)) == 3 * 128 + 129 * 128 + 129
+    assert trained(many) == trained(torch.utils.data.DataLoader(Endless(), 8)) == 3 * 256 + 2 * 257 * 256 + 257
+    assert trained(few, ratios=memoriser()) == 3 * 64 + 65 * 64 + 65
+
+
 # ---- clipping --------------------------------------------------------------------------------------------------------
 
 def test_a_gradient_is_no_longer_than_asked(monkeypatch):

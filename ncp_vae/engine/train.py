@@ -419,11 +419,7 @@ def _about_ncp(ncp: NoiseContrastivePrior, base: NoiseContrastivePrior | None,
                 sampler=sampler and f"{type(sampler).__name__}{vars(sampler)}")
 
 # %% ../../nbs/engine/train.ipynb #f3398073
-_FEW = 2000    # images, fewer of which have a smaller ratio and weight decay by default
-
-def _usual_recipe(images: int) -> Recipe:
-    "The recipe of a default ratio: weight decay where images are few."
-    return Recipe(weight_decay=1e-3 if 0 < images < _FEW else 0.0)
+_FEW = 2000    # images, fewer of which have a smaller ratio by default
 
 def _default_ratios(vae: TopDownVAE, images: int, seed: int) -> list[MLPRatio]:
     "One perceptron a group, weights a function of the seed: App. I's size, or smaller where images are few."
@@ -474,25 +470,24 @@ def _fit_watched(ncp: NoiseContrastivePrior, loss: NCELoss, data: Images, held_o
 # %% ../../nbs/engine/train.ipynb #f922f40b
 def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None, steps: int,
             batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
-            sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe | None = None,
+            sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
             machine: Machine = Machine(), history: str | Path | None = None,
             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
     """Stage two: freeze the VAE and train one classifier for each latent group (Eq. 3, 4), all at once.
 
-    ratios: one a group; None: `MLPRatio`s of App. I's size, below 2,000 images smaller ones and weight decay.
+    ratios: one a group; None: `MLPRatio`s of App. I's size, and smaller ones below 2,000 images.
     held_out: [N, *image] not in data, by whose loss, summed over groups, the best step is chosen; a warning
     where the training's is far below. base: an NCP trained before, for a further stage against `sampler`'s
     draws from it (see `stage_negatives`); the result is the product of both. The rest: see `fit`.
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
     name = _stage_name(vae, base, sampler)
     if ratios is None:
-        recipe = recipe or _usual_recipe(count_images(data))
         ratios = _default_ratios(vae, count_images(data), seed)
     ncp = NoiseContrastivePrior(vae, ratios)
     speed_up(vae.to(Accelerator().device), machine.channels_last, machine.compile)
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
-                 about=_about_ncp(ncp, base, sampler), recipe=recipe or Recipe(), machine=machine,
+                 about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
                  history=history, checkpoint=checkpoint)
     if base is not None:
         ncp = NoiseContrastivePrior(vae, [StagedRatio(both) for both in zip(base.ratios, ncp.ratios)])
