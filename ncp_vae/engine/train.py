@@ -286,8 +286,9 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
                     **about)
     training = _Training(loss, settings, recipe, machine, checkpoint)
     _run(training, data, history, monitor, best_from, log_every, save_every)
-    if training.best["step"]:
-        loss.load_state_dict(training.best["weights"])
+    weights = loss.state_dict()
+    for key, value in training.best["weights"].items():
+        weights[key].copy_(value)
 
 # %% ../../nbs/engine/train.ipynb #012cb1b9
 def _without_priors(vae: TopDownVAE) -> TopDownVAE:
