@@ -6,6 +6,7 @@
 __all__ = ['Chain', 'Langevin', 'MALA', 'HMC', 'ISIR']
 
 # %% ../nbs/theory/06_chains.ipynb #e202c6b7
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from math import exp, inf, isfinite, log, sqrt
@@ -89,6 +90,17 @@ def _finite(state: State, sampler: Sampler, where: str) -> State:
                          f"infinite in {int(bad.sum())} of {len(bad)} rows {where}")
     return state
 
+# %% ../nbs/theory/06_chains.ipynb #d510d9ca
+_STUCK = 0.05    # mean acceptance below which the draws are nearly the starting points
+
+def _warn_if_stuck(chain: "Chain", run: Evolved) -> Evolved:
+    "The run as it is; a warning where its mean acceptance is near zero."
+    if (accepted := run.acceptance.mean().item()) < _STUCK:
+        warnings.warn(f"{type(chain).__name__}: mean acceptance {accepted:.3f} with step size "
+                      f"{run.step_size:.3g}: the draws are nearly the starting points, which are draws "
+                      "of the base prior. Take a smaller step_size", stacklevel=3)
+    return run
+
 # %% ../nbs/theory/06_chains.ipynb #bd4e638c
 class Chain(Sampler):
     "B chains from draws of the prior, a density on all of R^n. A subclass defines `transition`."
@@ -108,7 +120,8 @@ class Chain(Sampler):
     def evolve(self, log_ratio, prior: Distribution, generator=None, start=None) -> Evolved:
         """Run the chains. start: [B, *event]; None: a draw of the prior.
 
-        Raises ValueError where log r p or its gradient is not finite there."""
+        Raises ValueError where log r p or its gradient is not finite there; warns where a
+        mean acceptance near zero says that the chains did not move."""
         target = partial(evaluate, log_ratio, prior)
         with seeded(generator):
             z = continuous(type(self).__name__, prior, prior.sample() if start is None else start)
@@ -118,7 +131,7 @@ class Chain(Sampler):
             for _ in range(self.steps):
                 state, alpha = self.transition(target, state, step_size)
                 acceptance += alpha / self.steps
-        return Evolved(state.z, acceptance, step_size)
+        return _warn_if_stuck(self, Evolved(state.z, acceptance, step_size))
 
     def draw(self, log_ratio, prior, generator=None):
         return self.evolve(log_ratio, prior, generator).z

@@ -6,6 +6,7 @@
 __all__ = ['Estimate', 'ReweightedPrior', 'NoiseContrastivePrior', 'sir_density_ratio']
 
 # %% ../nbs/theory/08_prior.ipynb #d4e41fb2
+import warnings
 from dataclasses import dataclass
 from math import inf, log, nan
 from typing import Callable, Iterator, Protocol, Sequence
@@ -16,8 +17,8 @@ from torch.nn.functional import logsigmoid
 
 from .measured import Measured
 from .nce import RatioEstimator
-from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size, one_a_group,
-                                pareto_k_hat, proposals_of)
+from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size,
+                                k_hat_threshold, one_a_group, pareto_k_hat, proposals_of)
 from .walk import Step, TopDownVAE, Trace, evaluating, from_prior, replay, scoring, seeded
 
 # %% ../nbs/theory/08_prior.ipynb #acebb686
@@ -162,6 +163,15 @@ class Partition(Protocol):
                       generator: torch.Generator | None = None) -> Estimate:
         "log Z of `ncp` from num_samples draws or particles."
 
+# %% ../nbs/theory/08_prior.ipynb #5228bd14
+def _warn_of_tail(estimate: Estimate) -> Estimate:
+    "The estimate as it is; a warning where its k-hat says that neither value nor error is to be believed."
+    if estimate.k_hat >= (limit := k_hat_threshold(estimate.n)):
+        warnings.warn(f"log_partition: k-hat is {estimate.k_hat:.2f}, and from {limit:.2f} on neither "
+                      f"log Z nor its error can be believed ({estimate.n} weights). Take another "
+                      "method (SMC, AIS, Bridge) or a ratio that is less sure", stacklevel=3)
+    return estimate
+
 # %% ../nbs/theory/08_prior.ipynb #80472c9d
 class NoiseContrastivePrior(ReweightedPrior):
     "p_NCP(z) = r(z) p(z) / Z (section 3). Only a density needs Z: call `log_partition` before."
@@ -175,7 +185,7 @@ class NoiseContrastivePrior(ReweightedPrior):
                       method: Partition | None = None) -> Estimate:
         """Estimate log Z = log E_p(z)[r(z)]; keep it for `log_prob`.
 
-        method None: the mean of r over draws of the base prior; look at its k_hat.
+        method None: the mean of r over draws of the base prior. A k_hat that is too large warns.
         ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are zero."""
         if num_samples < 2:
             raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")
@@ -185,7 +195,7 @@ class NoiseContrastivePrior(ReweightedPrior):
                         else method.log_partition(self, num_samples, generator))
         self.log_z.fill_(estimate.value)
         self.log_z_std_error.fill_(estimate.std_error)
-        return estimate
+        return _warn_of_tail(estimate)
 
     def normalised_log_ratio(self, latents: list[Tensor] | Trace) -> Tensor:
         "log r(z) - log Z: [B], nats. As `log_ratio` of `iwae`: an estimate of log p_NCP(x)."

@@ -5,18 +5,20 @@ a check at 5 standard errors fails by chance once in 1.7 million times and a p-v
 there are fewer than 100 of both kinds here: a family-wise false-alarm rate of about 1e-4. Each has a broken twin, a sampler
 or a law with one deliberate mistake, which the same check must reject. The step that HMC tunes has a test of its own
 kind, with a tolerance that was asked for and not derived; it says so."""
+import warnings
 from functools import partial
 from math import exp, inf, log, nan, pi, sin, sqrt
 
 import pytest
 import torch
-from exact import (TARGET, AddedNoise, Function, R, Z, chi_square_p, errors, log_r, normal, outcomes, pools, rng, sir_law,
-                   tilt)
+from exact import (TARGET, AddedNoise, Function, R, Z, chi_square_p, errors, ladder, log_r, normal, outcomes, pools, rng,
+                   sir_law, tilt)
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from ncp_vae import chains
 from ncp_vae.chains import (HMC, ISIR, _JITTER, MALA, _WARM_UP, Chain, Langevin, _compete, evaluate, _first_step, _kinetic,
                             _leapfrog, metropolis)
+from ncp_vae.hierarchy import JointMALA
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.prior import NoiseContrastivePrior
 from ncp_vae.resampling import SIR
@@ -31,6 +33,19 @@ def wavy(z):
 
 
 # what all of them do
+
+
+@pytest.mark.parametrize("moves, stuck", [(MALA(10, 0.2), MALA(10, 300.0)), (HMC(10, 0.3), HMC(10, 20.0)),
+                                          (JointMALA(10, 0.2), JointMALA(10, 300.0))])
+def test_chains_that_do_not_move_are_a_warning(moves, stuck):
+    "Of one group and of three, through `sample`, where nobody sees the acceptance; Langevin, which tests nothing, has none."
+    for ncp in (NoiseContrastivePrior(AddedNoise(2), [Function(tilt)]), ladder()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ncp.sample(50, moves, generator=rng())
+            ncp.sample(50, Langevin(10, 0.2), generator=rng())
+        with pytest.warns(UserWarning, match=f"{type(stuck).__name__}: mean acceptance 0.0.*Take a smaller step_size"):
+            ncp.sample(50, stuck, generator=rng())
 
 
 @pytest.mark.parametrize("event", [(), (3,), (2, 3, 4)])

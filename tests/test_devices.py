@@ -384,12 +384,12 @@ def test_the_warm_up_of_hmc_waits_once_a_path(monkeypatch):
 
 
 def test_a_group_waits_where_it_is_listed():
-    "Beside the race: SIR whether a row has no weight; SMC whether all have none, for its ESS and log Z; a chain for its start."
+    "Beside the race: SIR whether a row has no weight; SMC whether all have none, for its ESS and log Z; a chain for its start and whether it moved."
     ncp = ncp_named("two groups")
     races = {place: 2 * n for place, n in RACE.items()}
     of_smc = {"hierarchy.add": 4, "hierarchy.resample": 1, "hierarchy._systematic": 3}    # resampled once, at the end
     for sampler, listed in ((SIR(5), races | {"resampling.resample": 2}), (SMC(5, resample_below=0.0), races | of_smc),
-                            (MALA(2, 0.01), {"chains.evolve": 2, "chains._finite": 2})):
+                            (MALA(2, 0.01), {"chains.evolve": 2, "chains._finite": 2, "chains._warn_if_stuck": 2})):
         with elsewhere():
             ncp.to(THERE)
             waits.clear()

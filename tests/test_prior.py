@@ -3,6 +3,7 @@
 Statistical tests use fixed seeds and a tolerance of 5 standard errors: a correct program fails
 such a comparison with a probability of 6e-7 over the choice of the seed, the two dozen of them here
 together with about 1e-5. Each has a broken twin, a plausible mistake that it must reject."""
+import warnings
 from math import comb, inf, isnan, log, nan, sqrt
 
 import pytest
@@ -350,6 +351,17 @@ def test_a_plan_of_equal_numbers_is_one_number():
 def test_a_diverged_ratio_is_refused_by_the_pool():
     with pytest.raises(ValueError, match="NaN"):
         gaussian(log_z=nan).sir_log_ratio(4)
+
+
+def test_a_log_z_that_cannot_be_believed_is_a_warning():
+    "Weights without a variance (the target three times as wide as its base), at k = 8/9; and narrow ones, which have all moments."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):
+            gaussian(1).log_partition(2000, rng(seed))
+            gaussian(1, 0.0, 3.0).log_partition(20, rng(seed))      # too few for a k-hat: nothing is known
+    with pytest.warns(UserWarning, match=r"log_partition: k-hat is 0\.[89]\d, and from 0\.70 on .*20000 weights.*SMC, AIS, Bridge"):
+        gaussian(1, 0.0, 3.0).log_partition(20_000, rng(7))
 
 
 # ------------------------------------------------ statistics

@@ -12,9 +12,10 @@ from PIL import Image
 from tiny import digest, picture, write_folder
 
 from ncp_vae.engine import data, stored
+from ncp_vae.engine.batches import batches
 from ncp_vae.engine.data import Rows
 from ncp_vae.engine.stored import Augmented, Picture, Stored, open_image, prepare, reduce_bits
-from ncp_vae.engine.train import batches, fit, fit_vae, VAELoss
+from ncp_vae.engine.train import fit, fit_vae, VAELoss
 from ncp_vae.models.flat import DenseVAE
 
 EIGHT = Picture(8)

@@ -4,15 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+from ncp_vae.bound import elbo
 from ncp_vae.engine import checkpoint
+from ncp_vae.engine.batches import _index_batches, batches
 from ncp_vae.engine.data import Binarized
 from ncp_vae.engine.streams import stream
-from ncp_vae.engine.train import Machine, Recipe, VAELoss, _index_batches, batches, fit, fit_ncp, fit_vae
+from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
@@ -305,6 +308,190 @@ def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
     fit(Squares(), torch.ones(32, 3), **settings)
     rows = [json.loads(line) for line in history.read_text().splitlines()]
     assert [row["step"] for row in rows] == [99, *range(1, 13)]
+
+
+# ---- the best step ---------------------------------------------------------------------------------------------------
+
+class Stops:
+    "A tensor as a data set, of which the read number `last` is interrupted; one read is for a fingerprint of the data."
+    def __init__(self, x, last=None):
+        self.x, self.last, self.reads = x, last, 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitems__(self, rows):
+        self.reads += 1
+        if self.reads == self.last:
+            raise KeyboardInterrupt
+        return self.x[rows]
+
+
+def rows_of(history, stage):
+    return [row for line in history.read_text().splitlines() if (row := json.loads(line))["stage"] == stage]
+
+
+def test_the_state_of_the_lowest_held_out_loss_is_returned(tmp_path):
+    "w goes from 0 to 1; the monitor likes 0.5, then something worse, then NaN, which is never best; from the 30th step on it counts."
+    x, states = torch.rand(32, 3, generator=torch.Generator().manual_seed(0)), []
+    def train(how, **more):
+        loss = Squares()
+        def monitor():
+            states.append(loss.w.detach().clone())
+            return how((loss.w.mean() - 0.5).abs().item())
+        fit(loss, x, steps=60, batch_size=8, lr=0.05, seed=0, name="squares", monitor=monitor, history=tmp_path / "history.jsonl", **more)
+        return loss.w.detach(), rows_of(tmp_path / "history.jsonl", "squares held-out")
+    w, rows = train(lambda far: dict(loss=far))
+    best = min(range(MONITORED), key=lambda i: rows[i]["loss"])
+    assert len(rows) == MONITORED and 0 < best < MONITORED - 1
+    assert torch.equal(w, states[best]) and rows[-1]["best_step"] == rows[best]["step"] == 3 * (best + 1)
+    states.clear()
+    w, rows = train(lambda far: dict(loss=far), best_from=30)
+    assert torch.equal(w, states[9]) and rows[-1]["best_step"] == 30 and rows[8]["best_step"] == 0
+    for silent in (lambda far: dict(loss=float("nan")), lambda far: dict(other=far)):
+        states.clear()
+        w, rows = train(silent)
+        assert torch.equal(w, states[-1]) and rows[-1]["best_step"] == 0
+
+
+@pytest.mark.parametrize("look", [3, 12, 20])
+def test_a_look_that_was_interrupted_comes_again(look, tmp_path):
+    "Before the best step, after it, and in the last look: the end is that of a training that nobody disturbed, history included."
+    x, path, history = torch.rand(32, 3, generator=torch.Generator().manual_seed(0)), tmp_path / "a.ckpt", tmp_path / "history.jsonl"
+    def train(stop=None, **files):
+        loss, looks = Squares(), []
+        def monitor():
+            looks.append(1)
+            if len(looks) == stop:
+                raise KeyboardInterrupt
+            return dict(loss=(loss.w.mean() - 0.5).abs().item())
+        fit(loss, x, steps=40, batch_size=8, lr=0.05, seed=0, name="squares", monitor=monitor, log_every=1, **files)
+        return loss.w.detach()
+    whole = train(history=tmp_path / "whole.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        train(look, checkpoint=path, history=history)
+    assert torch.equal(train(checkpoint=path, history=history), whole)
+    assert torch.equal(train(checkpoint=path, history=history), whole)            # finished: its best state is in the file
+    told = [[{**row, "seconds": 0} for row in map(json.loads, file.read_text().splitlines())] for file in (history, tmp_path / "whole.jsonl")]
+    assert told[0] == told[1] and whole.mean() < 0.6 < 0.8 < torch.load(path, weights_only=True)["loss"]["w"].mean()
+
+
+class Spread(FlatVAE):
+    "q(z | x) = N(x + b, 0.1^2), on the line and one number a pixel, p(x | z) = N(z, 0.5^2): b = -mean(x) / 5 is best."
+    def __init__(self, pixels=2):
+        super().__init__(pixels)
+        self.b = nn.Parameter(torch.zeros(()))
+
+    def posterior(self, x):
+        return diagonal_normal(x + self.b, torch.full_like(x, 0.1))
+
+    def likelihood(self, z):
+        return normal(z, 0.5)
+
+
+def points(n, seed):
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+
+
+BY_HEART = dict(steps=300, batch_size=16, lr=1e-2, seed=0)
+
+
+def memoriser():
+    torch.manual_seed(1)
+    return [MLPRatio(2, hidden=(64, 64))]
+
+
+@pytest.mark.filterwarnings("ignore:fit_ncp")
+def test_ratios_of_the_best_step_also_after_an_interruption(tmp_path):
+    "Sixteen images are learned by heart; the lowest held-out loss comes early, and a training interrupted before or after it finds it."
+    vae, held_out, history = Spread(), points(200, 1), tmp_path / "history.jsonl"
+    def train(data, **files):
+        return fit_ncp(vae, data, ratios=memoriser(), held_out=held_out, **BY_HEART, **files)
+    whole = train(points(16, 0), history=history)
+    rows = rows_of(history, "ncp held-out")
+    best = min(rows, key=lambda row: row["loss"])
+    assert rows[-1]["best_step"] == best["step"] < 100 and rows[-1]["loss"] > best["loss"] + 0.3
+    for last in (best["step"] - 5, best["step"] + 20, 290):
+        path = tmp_path / f"{last}.ckpt"
+        with pytest.raises(KeyboardInterrupt):
+            train(Stops(points(16, 0), last), checkpoint=path)
+        resumed = train(points(16, 0), checkpoint=path)
+        finished = train(Stops(points(16, 0), 20), checkpoint=path)         # reads 14: its fingerprint, and for the comparison
+        for other in (resumed, finished):
+            assert all(torch.equal(a, b) for a, b in zip(whole.ratios.state_dict().values(), other.ratios.state_dict().values()))
+    with pytest.raises(ValueError, match="held_out is .* there and .* here"):
+        fit_ncp(vae, points(16, 0), ratios=memoriser(), held_out=points(200, 2), checkpoint=path, **BY_HEART)
+
+
+def test_a_vae_of_the_best_held_out_elbo(tmp_path):
+    "The training images' mean is 2, so b goes to -0.4, past -0.12, the best one for others of mean 0.6; in the warm-up nothing is chosen."
+    history = tmp_path / "history.jsonl"
+    seen, others = 2 + points(64, 0), 0.6 + points(64, 1)
+    def train(images=others, **how):
+        history.unlink(missing_ok=True)
+        vae = fit_vae(Spread(), seen, held_out=images, history=history, **{**dict(steps=100, batch_size=64, lr=1e-2, seed=0), **how})
+        return vae, rows_of(history, "vae held-out") if images is not None else []
+    vae, rows = train()
+    best = max(rows, key=lambda row: row["elbo"])
+    assert len(rows) == MONITORED and rows[-1]["best_step"] == best["step"] and best["loss"] == -best["elbo"]
+    again = elbo(vae, others, torch.Generator().manual_seed(stream(0, "held-out"))).elbo
+    assert again.mean().item() == pytest.approx(best["elbo"], abs=1e-4)
+    assert best["elbo_std_error"] == pytest.approx(again.std().item() / 8, rel=1e-4)
+    assert 5 <= best["step"] <= 30 and rows[-1]["elbo"] < best["elbo"] - 0.1 and -0.2 < vae.b < -0.05
+    assert train(None)[0].b < -0.35
+    _, rows = train(kl_warmup=60)
+    assert [row["best_step"] for row in rows] == 11 * [0] + 9 * [60]
+
+
+# ---- learned by heart ------------------------------------------------------------------------------------------------
+
+def test_a_loss_far_above_that_of_the_training_is_a_warning():
+    "Sixteen images for a ratio of 4,000 weights; and four thousand, with which nothing is wrong, in a first and in a second stage."
+    vae, held_out = Spread(), points(400, 1)
+    with pytest.warns(UserWarning, match=r"fit_ncp: the loss is 1\.3\d+ on training images and 1\.4\d+ on held-out ones: 100% of what"):
+        fit_ncp(vae, points(16, 0), ratios=memoriser(), held_out=points(400, 1), **{**BY_HEART, "steps": 20, "lr": 0.1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ncp = fit_ncp(vae, points(4000, 0), ratios=memoriser(), held_out=held_out, **BY_HEART)
+        fit_ncp(vae, points(4000, 0), ratios=memoriser(), held_out=held_out, base=ncp, sampler=SIR(8), **BY_HEART)
+        fit_ncp(vae, points(16, 0), ratios=memoriser(), **BY_HEART)              # nothing is known of it
+
+
+# ---- the default ratio ------------------------------------------------------------------------------------------------
+
+def test_the_default_ratio_follows_the_number_of_images():
+    "Where that is known; a caller's own ratio is taken as it is."
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.zeros(2)
+    def trained(data, **how):
+        ncp = fit_ncp(Spread(), data, **{**FEW, "steps": 1}, **how)
+        return sum(weight.numel() for weight in ncp.ratios.parameters())
+    few, many = points(1999, 0), points(2000, 0)
+    assert trained(few) == trained(torch.utils.data.DataLoader(few, 8)) == 3 * 128 + 129 * 128 + 129
+    assert trained(many) == trained(torch.utils.data.DataLoader(Endless(), 8)) == 3 * 256 + 2 * 257 * 256 + 257
+    assert trained(few, ratios=memoriser()) == 3 * 64 + 65 * 64 + 65
+
+
+# ---- clipping --------------------------------------------------------------------------------------------------------
+
+def test_a_gradient_is_no_longer_than_asked(monkeypatch):
+    "By hand for one step, also in parts; a shorter one is left as it is, to the bit, and 0 is no clipping."
+    seen = []
+    class Looks(torch.optim.Adam):
+        def step(self, *args):
+            seen.append(self.param_groups[0]["params"][0].grad.clone())
+            return super().step(*args)
+    monkeypatch.setattr(torch.optim, "Adam", Looks)
+    x = 10 * torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    for clip, parts in ((0.0, 1), (0.5, 1), (0.5, 2), (1e6, 1)):
+        fit(Squares(), x, steps=1, batch_size=8, lr=1e-3, seed=0, name="squares", recipe=Recipe(clip=clip), machine=Machine(parts=parts))
+    free, clipped, in_parts, long = seen
+    assert free.norm() > 100 and torch.equal(free, long)
+    assert torch.allclose(clipped, free / free.norm() / 2, rtol=1e-5) and torch.allclose(in_parts, clipped, rtol=1e-4)
+    with pytest.raises(ValueError, match="clip must be at least 0"):
+        Recipe(clip=-1.0)
 
 
 # ---- random numbers -------------------------------------------------------------------------------------------------

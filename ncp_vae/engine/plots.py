@@ -116,7 +116,7 @@ def history_panels(path: str | Path) -> plt.Figure:
 
 # %% ../../nbs/engine/plots.ipynb #e23c016f
 def group_panels(path: str | Path, ess: list[float], proposals: int) -> plt.Figure:
-    """As Fig. 4: each group's held-out loss, and its effective sample size against the final one.
+    """As Fig. 4: each group's held-out loss, and its effective sample size against that of the kept step.
 
     path: a history with held-out rows of the first stage. ess: of each group, among so many proposals."""
     rows = [row for row in read_history(path) if row["stage"] == "ncp held-out"]
@@ -124,12 +124,13 @@ def group_panels(path: str | Path, ess: list[float], proposals: int) -> plt.Figu
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     for k, color in enumerate(colors):
         losses = [row[f"loss_{k}"] for row in rows]
+        kept = next((row for row in rows if row["step"] == rows[-1].get("best_step")), rows[-1])[f"loss_{k}"]
         left.plot([row["step"] for row in rows], losses, color=color, lw=1.2, label=f"group {k + 1}")
-        right.plot(losses[-1], ess[k], "o", color=color, alpha=0.8)
+        right.plot(kept, ess[k], "o", color=color, alpha=0.8)
     for line in (left.axhline, right.axvline):
         line(_KNOWS_NOTHING, color="0.7", ls=":")
     left.set(xlabel="step", ylabel="held-out loss of a group [nats]")
-    right.set(xlabel="final held-out loss [nats]", ylabel=f"ESS of {proposals} proposals",
+    right.set(xlabel="held-out loss of the kept step [nats]", ylabel=f"ESS of {proposals} proposals",
               yscale="log", ylim=(0.9, proposals * 1.3))
     fig.legend(loc="outside right center", fontsize=7, ncols=1 + len(ess) // 12)
     return fig

@@ -6,8 +6,12 @@
 __all__ = ['stream']
 
 # %% ../../nbs/engine/streams.ipynb #4b7bb487
+import os
+from contextlib import contextmanager
 from hashlib import sha256
 from numbers import Integral
+
+import torch
 
 # %% ../../nbs/engine/streams.ipynb #89dcb124
 def stream(seed: int, *keys: int | str) -> int:
@@ -22,3 +26,26 @@ def stream(seed: int, *keys: int | str) -> int:
         raise ValueError(f"the keys of a stream must be whole numbers and strings, got {wrong[0]!r}")
     digest = sha256(repr((int(seed), *keys)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+# %% ../../nbs/engine/streams.ipynb #4f05d926
+@contextmanager
+def undisturbed(device: torch.device):
+    """Inside, a CPU operation has one thread, unless OMP_NUM_THREADS is set.
+
+    After it, threads and the random numbers of the CPU and this device are as before."""
+    threads = torch.get_num_threads()
+    device_type = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device_type):
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+def reseed(seed: int, device: torch.device) -> None:
+    "Seed the random numbers of the CPU and of this device."
+    torch.default_generator.manual_seed(seed)
+    accelerator = getattr(torch, device.type, None)        # torch.cuda, torch.mps, ...
+    if device.type != "cpu" and accelerator is not None:
+        accelerator.manual_seed(seed)

@@ -7,29 +7,26 @@ __all__ = ['MONITORED', 'Recipe', 'Machine', 'fit', 'fit_vae', 'fit_ncp']
 
 # %% ../../nbs/engine/train.ipynb #7c56631c
 import json
-import os
 import time
-from contextlib import contextmanager
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
-from itertools import count
-from math import cos, pi
+from math import cos, hypot, inf, log, pi
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../../nbs/engine/train.ipynb #28e8ab45
 from ..bound import elbo
 from . import checkpoint as checkpoints
-from .data import Rows
+from .batches import Images, batches, count_images, digest, digest_of_data, first_images
 from .groups import group_logits, group_reports
-from .streams import stream
+from .streams import reseed, stream, undisturbed
 from ..models.ratios import MLPRatio
 from ..models.speed import speed_up
 from ..nce import RatioEstimator, StagedRatio, nce_loss
@@ -37,74 +34,6 @@ from ..prior import NoiseContrastivePrior
 from ..resampling import Sampler
 from ..stages import Negatives, prior_negatives, stage_negatives
 from ..walk import Step, TopDownVAE, WithPriors, from_posterior
-
-# %% ../../nbs/engine/train.ipynb #355bf467
-def _rows_at(data: Tensor | Dataset, indices: list[int]) -> Tensor:
-    "Rows of the data as one batch [B, *image], without their labels; ValueError where an image is no Tensor."
-    if isinstance(data, (Tensor, Rows)):
-        return data[indices]
-    rows = data.__getitems__(indices) if hasattr(data, "__getitems__") else [data[i] for i in indices]
-    if isinstance(rows, Tensor):
-        return rows
-    rows = [row[0] if isinstance(row, (list, tuple)) else row for row in rows]
-    wrong = [type(row).__name__ for row in rows if not isinstance(row, Tensor)]
-    if wrong:
-        raise ValueError("a data set must give each image as a Tensor, alone or before its label; "
-                         f"it gave {wrong[0]}")
-    return torch.stack(rows)
-
-def _on_device(batch: Tensor, data, device: torch.device | None) -> Tensor:
-    """The batch there, changed by `on_device` of the data set (or of the one inside it) where there is one.
-
-    ValueError where it is not finite floating point."""
-    while not hasattr(data, "on_device") and hasattr(data, "dataset"):
-        data = data.dataset                    # of a DataLoader, of a Subset
-    batch = batch.to(device)
-    batch = data.on_device(batch) if hasattr(data, "on_device") else batch
-    if not batch.is_floating_point():
-        raise ValueError(f"images must be floating point, got {batch.dtype}; scale bytes to [0, 1] first")
-    if not torch.isfinite(batch.sum()) and not torch.isfinite(batch).all():
-        raise ValueError("the data holds NaN or infinite values: clean it before training")
-    return batch
-
-# %% ../../nbs/engine/train.ipynb #6ba6a245
-def _index_batches(n: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
-                   world: int = 1) -> Iterator[list[int]]:
-    """Row numbers of the batches `start`, `start + 1`, ... for ever; a new permutation each epoch.
-
-    batch_size is of all `world` processes together; each, by its rank, gets its share of every batch."""
-    if not 1 <= batch_size <= n:
-        raise ValueError(f"batch_size {batch_size} must lie between 1 and the data set's {n} images")
-    if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} must be a multiple of the {world} processes that share it")
-    share = batch_size // world
-    for step in count(start):
-        epoch, batch = divmod(step, n // batch_size)
-        if batch == 0 or step == start:
-            own = torch.Generator().manual_seed(stream(seed, "epoch", epoch))
-            order = torch.randperm(n, generator=own).tolist()
-        at = batch * batch_size + rank * share
-        yield order[at:at + share]
-
-# %% ../../nbs/engine/train.ipynb #1ebb28e1
-_Data = Tensor | Dataset | DataLoader
-
-def batches(data: _Data, batch_size: int, seed: int, start: int = 0, rank: int = 0,
-            world: int = 1, device: torch.device | None = None) -> Iterator[Tensor]:
-    """Endless batches [B, *image] on a device, from number `start` on; of `world` processes `rank`'s share.
-
-    A DataLoader is used as it is, epoch after epoch (and begins anew at a resume). ValueError where an image
-    is no finite floating point Tensor, or batch_size does not fit the data."""
-    if not isinstance(data, DataLoader):
-        for indices in _index_batches(len(data), batch_size, seed, start, rank, world):
-            yield _on_device(_rows_at(data, indices), data, device)
-    while True:
-        batch = None
-        for batch in data:
-            yield _on_device(batch[0] if isinstance(batch, (list, tuple)) else batch, data, device)
-        if batch is None:
-            raise ValueError("the DataLoader gives no batch: its data set is empty, or smaller than a batch "
-                             "with drop_last")
 
 # %% ../../nbs/engine/train.ipynb #ac185263
 @dataclass(frozen=True)
@@ -114,13 +43,15 @@ class Recipe:
     lr_end: float = 1e-7          # where the cosine ends
     lr_warm_up: int = 0           # steps over which the learning rate rises to lr
     weight_decay: float = 0.0     # L2, on every parameter
+    clip: float = 0.0             # largest norm of the whole gradient; 0: as it is, like NVAE's own code
 
     def __post_init__(self):
         if self.optimizer not in ("adam", "adamax"):
             raise ValueError(f"Recipe: optimizer must be adam or adamax, got {self.optimizer!r}")
-        if min(self.lr_end, self.lr_warm_up, self.weight_decay) < 0:
-            raise ValueError("Recipe: lr_end, lr_warm_up and weight_decay must be at least 0, got "
-                             f"{self.lr_end}, {self.lr_warm_up} and {self.weight_decay}")
+        numbers = [self.lr_end, self.lr_warm_up, self.weight_decay, self.clip]
+        if min(numbers) < 0:
+            raise ValueError("Recipe: lr_end, lr_warm_up, weight_decay and clip must be at least 0, "
+                             f"got {numbers}")
 
 # %% ../../nbs/engine/train.ipynb #87d71f66
 @dataclass(frozen=True)
@@ -144,29 +75,6 @@ def _lr_at(step: int, steps: int, lr: float, recipe: Recipe) -> float:
     end = min(lr, recipe.lr_end)
     return end + (lr - end) * (1 + cos(pi * min(1.0, progress))) / 2
 
-# %% ../../nbs/engine/train.ipynb #029fd508
-@contextmanager
-def _undisturbed(device: torch.device):
-    """Inside, a CPU operation has one thread, unless OMP_NUM_THREADS is set.
-
-    After it, threads and the random numbers of the CPU and this device are as before."""
-    threads = torch.get_num_threads()
-    device_type = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device_type):
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-def _seed(seed: int, device: torch.device) -> None:
-    "Seed the random numbers of the CPU and of this device."
-    torch.default_generator.manual_seed(seed)
-    accelerator = getattr(torch, device.type, None)        # torch.cuda, torch.mps, ...
-    if device.type != "cpu" and accelerator is not None:
-        accelerator.manual_seed(seed)
-
 # %% ../../nbs/engine/train.ipynb #90578ecb
 def _check_settings(checkpoint: str | Path, there: dict, here: dict) -> None:
     "ValueError where a checkpoint's settings are not those of this training."
@@ -181,6 +89,12 @@ def _diverged(settings: dict, what: str) -> FloatingPointError:
     return FloatingPointError(f"{settings['name']}: {what}; begin anew with a lower lr than "
                               f"{settings['lr']}, or look at the data")
 
+def _optimizer(loss: nn.Module, lr: float, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    "Of the recipe, for all parameters of the loss."
+    kind = {"adam": partial(torch.optim.Adam, fused=device.type in ("cpu", "cuda")),
+            "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
+    return kind(loss.parameters(), lr, weight_decay=recipe.weight_decay)
+
 # %% ../../nbs/engine/train.ipynb #1e05dd27
 class _Training:
     "What changes while `loss` is trained, and where it is kept; goes on from `checkpoint` where that exists."
@@ -192,13 +106,12 @@ class _Training:
         self.checkpoint = checkpoint
         self.accelerator = Accelerator()
         self.lr_at = partial(_lr_at, steps=settings["steps"], lr=settings["lr"], recipe=recipe)
-        kind = {"adam": partial(torch.optim.Adam, fused=self.accelerator.device.type in ("cpu", "cuda")),
-                "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
         self.model = self.accelerator.prepare(loss)
-        self.optimizer = kind(loss.parameters(), settings["lr"], weight_decay=recipe.weight_decay)
+        self.optimizer = _optimizer(loss, settings["lr"], recipe, self.accelerator.device)
         speed_up(loss, machine.channels_last, machine.compile)
         self.state = dict(loss=loss, optimizer=self.optimizer)
         self.step = self.kept = 0
+        self.best = dict(step=0, loss=inf, weights={})      # of the looks at held-out images; step 0: none
         self.whole = True          # no step has begun that did not end
         if checkpoint is not None and checkpoints.claim(checkpoint).is_file():
             saved = checkpoints.load(checkpoint)
@@ -206,11 +119,10 @@ class _Training:
             for key, part in self.state.items():
                 part.load_state_dict(saved[key])
             self.step = self.kept = saved["step"]
+            self.best = saved["best"]
 
     def keep(self) -> None:
-        """Write the checkpoint, unless it is there or a step was left halfway.
-
-        FloatingPointError where a weight is not finite."""
+        "Write the checkpoint, if it is new and of a whole step; FloatingPointError where it is not finite."
         if self.kept == self.step or not self.whole:
             return
         state = {key: part.state_dict() for key, part in self.state.items()}
@@ -219,15 +131,13 @@ class _Training:
             after = f"after step {self.step} of {self.settings['steps']}"
             raise _diverged(self.settings, f"{after} {spoilt[0]} is not finite")
         if self.checkpoint is not None and self.accelerator.is_main_process:
-            checkpoints.save(self.checkpoint, dict(settings=self.settings, step=self.step, **state))
+            state.update(settings=self.settings, step=self.step, best=self.best)
+            checkpoints.save(self.checkpoint, state)
         self.kept = self.step
 
 # %% ../../nbs/engine/train.ipynb #5d586383
-def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
-    """One step on a batch; its loss and what else is logged.
-
-    FloatingPointError, before the weights move, where the loss or its gradient is not finite."""
-    training.whole = False
+def _backward(training: _Training, x: Tensor) -> dict[str, Tensor]:
+    "The batch's loss and what else is logged; its gradient is with the weights."
     terms = {}
     for part in x.tensor_split(training.machine.parts):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=training.machine.bf16):
@@ -235,12 +145,23 @@ def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
         found = {key: value * (len(part) / len(x)) for key, value in found.items()}
         found["loss"].backward()
         terms = {key: terms.get(key, 0) + value.detach() for key, value in found.items()}
+    return terms
+
+# %% ../../nbs/engine/train.ipynb #e03d646c
+def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
+    """One step on a batch; its loss and what else is logged.
+
+    FloatingPointError, before the weights move, where the loss or its gradient is not finite."""
+    training.whole = False
+    terms = _backward(training, x)
     groups = training.optimizer.param_groups
     weights = [weight for group in groups for weight in group["params"]]
     slope = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     if not torch.isfinite(terms["loss"] + slope):
         what = f"the loss is {terms['loss'].item()} and its gradient's norm {slope.item()}"
         raise _diverged(training.settings, f"{what} at step {training.step} of {training.settings['steps']}")
+    if clip := training.settings["recipe"]["clip"]:
+        nn.utils.clip_grads_with_norm_(weights, clip, slope)
     for group in groups:
         group["lr"] = training.lr_at(training.step)
     training.optimizer.step()
@@ -250,26 +171,30 @@ def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
     return terms
 
 # %% ../../nbs/engine/train.ipynb #5f47a55c
-def _steps_left(training: _Training, data) -> Iterator[dict[str, Tensor]]:
-    "Take them, each with the random numbers of its own stream; what each found."
+def _steps_left(training: _Training, data, look: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
+    """Take them, each with the random numbers of its own stream; what each found.
+
+    `look()` is called before each of them and after the last: one that was interrupted comes again."""
     accelerator = training.accelerator
     seed = training.settings["seed"]
     source = batches(data, training.settings["batch_size"], seed, training.step, accelerator.process_index,
                      accelerator.num_processes, accelerator.device)
+    look()
     while training.step < training.settings["steps"]:
         with checkpoints.hold_interrupt():
-            _seed(stream(seed, "step", training.step, accelerator.process_index), accelerator.device)
+            reseed(stream(seed, "step", training.step, accelerator.process_index), accelerator.device)
             found = _take_step(training, next(source))
         yield found
+        look()
 
 # %% ../../nbs/engine/train.ipynb #f71a5dd8
 def _line_stands(line: str, name: str, step: int) -> bool:
-    "Whether a line of history is whole, and not of the training `name` after `step`."
+    "Whether a line of history is whole, and not of the training `name` after `step`, or a look at it then."
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
         return False                        # torn by a kill
-    return row["stage"] not in (name, name + " held-out") or row["step"] <= step
+    return row["step"] <= {name: step, f"{name} held-out": step - 1}.get(row["stage"], inf)
 
 def _open_history(path: str | Path | None, name: str, step: int) -> Callable[[dict], None]:
     "A function that appends a JSON line to `path` (None: nowhere); lines that do not stand are taken out."
@@ -286,19 +211,36 @@ def _open_history(path: str | Path | None, name: str, step: int) -> Callable[[di
             file.write(json.dumps(row) + "\n")
     return log
 
-# %% ../../nbs/engine/train.ipynb #e19de3c7
+# %% ../../nbs/engine/train.ipynb #6aec1b51
 MONITORED = 20      # times that a monitor looks, at equal distances and at the end
 
-def _run(training: _Training, data, name: str, steps: int, history, monitor, log_every: int,
+def _look(training: _Training, monitor: Callable[[], dict] | None, best_from: int,
+          log: Callable[[dict], None]) -> None:
+    "Ask the monitor where it is its turn; keep the weights if its `loss` is the lowest so far."
+    step = training.step
+    if monitor is None or step == 0 or step * MONITORED % training.settings["steps"] >= MONITORED:
+        return
+    row, = broadcast_object_list([monitor()])          # the first process's: all keep the same step
+    if step >= best_from and row.get("loss", inf) < training.best["loss"]:
+        weights = training.state["loss"].state_dict()
+        training.best = dict(step=step, loss=row["loss"],
+                             weights={key: value.to("cpu", copy=True) for key, value in weights.items()})
+    log(dict(stage=f"{training.settings['name']} held-out", step=step, **row,
+             best_step=training.best["step"]))
+
+# %% ../../nbs/engine/train.ipynb #e19de3c7
+def _run(training: _Training, data, history, monitor, best_from: int, log_every: int,
          save_every: float) -> None:
     "Take the steps that are left, with a progress bar and a history; keep the state whatever ends them."
     accelerator = training.accelerator
+    name, steps = (training.settings[key] for key in ("name", "steps"))
     log = _open_history(history if accelerator.is_main_process else None, name, training.step)
-    bar = tqdm(_steps_left(training, data), name, steps, initial=training.step, mininterval=2.0, leave=False,
+    left = _steps_left(training, data, partial(_look, training, monitor, best_from, log))
+    bar = tqdm(left, name, steps, initial=training.step, mininterval=2.0, leave=False,
                disable=not accelerator.is_main_process)
     began = saved = time.monotonic()
     try:
-        with _undisturbed(accelerator.device), torch.enable_grad(), bar:
+        with undisturbed(accelerator.device), torch.enable_grad(), bar:
             for terms in bar:
                 if training.step % log_every == 0 or training.step == steps:
                     row = dict(stage=name, step=training.step, seconds=round(time.monotonic() - began, 2))
@@ -306,41 +248,47 @@ def _run(training: _Training, data, name: str, steps: int, history, monitor, log
                         row[key] = round(accelerator.reduce(value, "mean").item(), 6)
                     bar.set_postfix(loss=row["loss"], refresh=False)
                     log(row)
-                if monitor and training.step * MONITORED // steps > (training.step - 1) * MONITORED // steps:
-                    log(dict(stage=name + " held-out", step=training.step, **monitor()))
                 if time.monotonic() - saved > save_every:
                     training.keep()
                     saved = time.monotonic()
     finally:
         training.keep()
 
-# %% ../../nbs/engine/train.ipynb #fc0648e0
-def fit(loss: nn.Module, data: _Data, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
-        about: dict = {}, recipe: Recipe = Recipe(), machine: Machine = Machine(),
-        monitor: Callable[[], dict] | None = None, history: str | Path | None = None,
-        checkpoint: str | Path | None = None, log_every: int = 50, save_every: float = 60.0) -> None:
-    """The loop that both stages share, with one line of history every `log_every` steps.
-
-    loss: a module whose forward(x, step) returns a dict of scalars with "loss"; its parameters are trained.
-    batch_size: of all processes together. about: plain values which a checkpoint must agree with too.
-    monitor: called MONITORED times; what it returns is a line of history too, under "NAME held-out".
-    history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C
-    and at the end; where it exists already the training goes on from it, bit for bit on a CPU.
-    A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
-    ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
-    not finite, or weights are kept that are not."""
+# %% ../../nbs/engine/train.ipynb #f642fe10
+def _check_fit(loss: nn.Module, name: str, steps: int, lr: float, rows: int, parts: int) -> None:
+    "ValueError where `fit` cannot begin. rows: of a batch, on one process."
     if not isinstance(steps, int) or steps < 1 or not lr > 0:
         raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive, "
                          f"got {steps} and {lr}")
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError(f"{name}: there is no parameter to train")
-    rows = batch_size // Accelerator().num_processes
-    if machine.parts > max(1, rows):
-        raise ValueError(f"Machine: parts {machine.parts} must be at most the batch of {rows}")
+    if parts > max(1, rows):
+        raise ValueError(f"Machine: parts {parts} must be at most the batch of {rows}")
+
+# %% ../../nbs/engine/train.ipynb #fc0648e0
+def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
+        about: dict = {}, recipe: Recipe = Recipe(), machine: Machine = Machine(),
+        monitor: Callable[[], dict] | None = None, best_from: int = 0, history: str | Path | None = None,
+        checkpoint: str | Path | None = None, log_every: int = 50, save_every: float = 60.0) -> None:
+    """The loop that both stages share, with one line of history every `log_every` steps.
+
+    loss: a module whose forward(x, step) returns a dict of scalars with "loss"; its parameters are trained.
+    batch_size: of all processes together. about: plain values which a checkpoint must agree with too.
+    monitor: called MONITORED times; what it returns is a line of history too, under "NAME held-out". Where it
+    has a "loss", the training ends with the weights of the lowest from step best_from on, "best_step" there.
+    history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C
+    and at the end; where it exists already the training goes on from it, bit for bit on a CPU.
+    A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
+    ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
+    not finite, or weights are kept that are not."""
+    _check_fit(loss, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
                     **about)
     training = _Training(loss, settings, recipe, machine, checkpoint)
-    _run(training, data, name, steps, history, monitor, log_every, save_every)
+    _run(training, data, history, monitor, best_from, log_every, save_every)
+    weights = loss.state_dict()
+    for key, value in training.best["weights"].items():
+        weights[key].copy_(value)
 
 # %% ../../nbs/engine/train.ipynb #012cb1b9
 def _without_priors(vae: TopDownVAE) -> TopDownVAE:
@@ -375,45 +323,43 @@ def _description(module: nn.Module) -> dict:
     "What a checkpoint must agree with: kind and size of a model, names and shapes, its configuration."
     layout = str([(name, tuple(value.shape)) for name, value in module.state_dict().items()])
     about = dict(kind=type(module).__name__, parameters=sum(p.numel() for p in module.parameters()),
-                 layout=_digest(layout))
+                 layout=digest(layout))
     config = getattr(module, "config", None)
     return {**about, "config": config.to_dict()} if hasattr(config, "to_dict") else about
 
-def _digest(text: str, tensors: Iterable[Tensor] = ()) -> str:
-    "Eight digits that change with a text and the bytes of tensors."
-    found = sha256(text.encode())
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:8]
-
-def _digest_of_data(data: _Data) -> str:
-    "Eight digits that change with the data's length, or with one of 256 rows spread over it."
-    data = data.dataset if isinstance(data, DataLoader) else data
-    length = len(data) if hasattr(data, "__len__") else 0
-    rows = sorted({i * length // 256 for i in range(256)}) if length else []
-    with _undisturbed(torch.device("cpu")):
-        torch.default_generator.manual_seed(0)      # of a data set that flips or binarises
-        return _digest(str(length), [_rows_at(data, rows)] if rows else [])
+# %% ../../nbs/engine/train.ipynb #2f51dff8
+def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int) -> dict[str, float]:
+    "The mean ELBO of images in eval mode, `rows` at a time, its error, and its negative as the loss."
+    generator = torch.Generator().manual_seed(seed)
+    device = Accelerator().device
+    with torch.no_grad():
+        bounds = torch.cat([elbo(vae.eval(), x.to(device), generator).elbo for x in images.split(rows)])
+    vae.train()
+    mean = round(bounds.double().mean().item(), 6)
+    return dict(loss=-mean, elbo=mean, elbo_std_error=round(bounds.std().item() / len(bounds) ** 0.5, 6))
 
 # %% ../../nbs/engine/train.ipynb #f0a00688
-def fit_vae(vae: TopDownVAE, data: _Data, *, steps: int, batch_size: int, lr: float, seed: int,
+def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: float, seed: int,
             kl_warmup: int = 0, kl_balance: bool = False, spectral: float = 0.0,
-            recipe: Recipe = Recipe(), machine: Machine = Machine(), history: str | Path | None = None,
-            checkpoint: str | Path | None = None) -> TopDownVAE:
+            held_out: Tensor | None = None, recipe: Recipe = Recipe(), machine: Machine = Machine(),
+            history: str | Path | None = None, checkpoint: str | Path | None = None) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, in eval mode, on the training device.
 
     data: [N, *image], a Dataset or a DataLoader of images. kl_warmup: steps over which the KL's weight goes
     from 0 to 1. kl_balance: share it out by vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of
-    vae.regularisation(). The rest: see `fit`."""
+    vae.regularisation(). held_out: [N, *image] not in data; their ELBO stands in the history, and the weights
+    returned are those of the highest one found after the warm-up. The rest: see `fit`."""
     if kl_warmup < 0 or spectral < 0:
         raise ValueError("fit_vae: kl_warmup and spectral must be at least 0, "
                          f"got {kl_warmup} and {spectral}")
     _try_out(vae.eval(), data, batch_size, seed)
-    about = dict(data=_digest_of_data(data), kl_warmup=kl_warmup, kl_balance=kl_balance, spectral=spectral,
-                 model=_description(vae))
+    about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), kl_warmup=kl_warmup,
+                 kl_balance=kl_balance, spectral=spectral, model=_description(vae))
     loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral)
+    look = partial(_held_out_elbo, vae, held_out, stream(seed, "held-out"), -(-batch_size // machine.parts))
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae", about=about,
-        recipe=recipe, machine=machine, history=history, checkpoint=checkpoint)
+        recipe=recipe, machine=machine, monitor=None if held_out is None else look, best_from=kl_warmup,
+        history=history, checkpoint=checkpoint)
     return vae.eval()
 
 # %% ../../nbs/engine/train.ipynb #acf50013
@@ -421,8 +367,8 @@ def _try_out(vae: TopDownVAE, data, batch_size: int, seed: int) -> None:
     "Score eight images, for the ValueErrors of `elbo`; ValueError too where no gradient reaches the encoder."
     device = Accelerator().device
     vae.to(device)
-    with torch.no_grad(), _undisturbed(device):
-        x = next(batches(data, batch_size, seed, device=device))[:8]
+    x = first_images(data, 8, batch_size, seed, device)[:8]
+    with torch.no_grad(), undisturbed(device):
         elbo(vae, x)
         steps = vae.walk(from_posterior(), evidence=vae.encode(x)).steps
     if not all(step.posterior.has_rsample for step in steps):
@@ -455,60 +401,95 @@ def _count_stages(ncp: NoiseContrastivePrior) -> int:
     "How many stages an NCP was trained in."
     return 1 + sum(isinstance(module, StagedRatio) for module in ncp.ratios[0].modules())
 
-def _check_base(vae: TopDownVAE, base: NoiseContrastivePrior | None, sampler: Sampler | None) -> None:
-    "ValueError where one of base and sampler is missing, or base stands on another VAE."
+def _stage_name(vae: TopDownVAE, base: NoiseContrastivePrior | None, sampler: Sampler | None) -> str:
+    "ncp, ncp-2, ...; ValueError where one of base and sampler is missing, or base stands on another VAE."
     if (base is None) != (sampler is None):
         raise ValueError("fit_ncp: a further stage needs base, the NCP trained so far, and sampler, which "
                          "draws from it; give both")
-    if base is not None and base.vae is not vae:
-        raise ValueError("fit_ncp: base was trained on another VAE than the one given")
-
-def _about_base(base: NoiseContrastivePrior | None, sampler: Sampler | None) -> dict[str, str]:
-    "What a checkpoint of a further stage must agree with: the stages before, and the sampler of their draws."
     if base is None:
-        return {}
-    return dict(base=_digest("", base.ratios.state_dict().values()),
-                sampler=f"{type(sampler).__name__}{vars(sampler)}")
+        return "ncp"
+    if base.vae is not vae:
+        raise ValueError("fit_ncp: base was trained on another VAE than the one given")
+    return f"ncp-{1 + _count_stages(base)}"
+
+def _about_ncp(ncp: NoiseContrastivePrior, base: NoiseContrastivePrior | None,
+               sampler: Sampler | None) -> dict:
+    "What a checkpoint must agree with: the ratios' shape, the frozen VAE, the stages before, their sampler."
+    return dict(model=_description(ncp), frozen=digest("", ncp.vae.state_dict().values()),
+                base=base and digest("", base.ratios.state_dict().values()),
+                sampler=sampler and f"{type(sampler).__name__}{vars(sampler)}")
 
 # %% ../../nbs/engine/train.ipynb #f3398073
-def _default_ratios(vae: TopDownVAE, seed: int) -> list[MLPRatio]:
-    "One perceptron of App. I's size for each group, its weights a function of the seed."
-    with _undisturbed(torch.device("cpu")):
-        torch.default_generator.manual_seed(stream(seed, "ratios"))
-        return [MLPRatio(z, c) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
+_FEW = 2000    # images, fewer of which have a smaller ratio by default
 
-def _held_out_row(ncp: NoiseContrastivePrior, images: Tensor, seed: int, batch_size: int,
-                  negatives: Callable) -> dict[str, float]:
-    "The numbers of each group's `RatioReport` on held-out images, as NAME_k, the ratios in eval mode."
-    reports = group_reports(ncp.eval(), images, stream(seed, "held-out"), batch_size, negatives)
+def _default_ratios(vae: TopDownVAE, images: int, seed: int) -> list[MLPRatio]:
+    "One perceptron a group, weights a function of the seed: App. I's size, or smaller where images are few."
+    hidden = (128, 128) if 0 < images < _FEW else (256, 256, 256)
+    with undisturbed(torch.device("cpu")):
+        torch.default_generator.manual_seed(stream(seed, "ratios"))
+        return [MLPRatio(z, c, hidden) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
+
+# %% ../../nbs/engine/train.ipynb #042a4c42
+def _held_out_reports(ncp: NoiseContrastivePrior, negatives: Callable, seed: int, rows: int,
+                      images: Tensor) -> dict[str, float]:
+    "The sum of the groups' losses on images, and as NAME_k the numbers of each group's `RatioReport`."
+    reports = group_reports(ncp.eval(), images, seed, rows, negatives)
     ncp.train()
-    return {f"{name}_{k}": round(value, 6) for k, report in enumerate(reports)
+    each = {f"{name}_{k}": round(value, 6) for k, report in enumerate(reports)
             for name, value in vars(report).items()}
+    return dict(each, loss=round(sum(report.loss for report in reports), 6))
+
+# %% ../../nbs/engine/train.ipynb #6f9310b4
+_BY_HEART = 0.25    # of what the training loss claims, the share that is not there on held-out images
+
+def _warn_if_overfitted(look: Callable[[Tensor], dict], seen: Tensor, held_out: Tensor) -> None:
+    "A warning where the loss on held-out images is far above that on images of the training."
+    rows = [look(images) for images in (seen, held_out)]
+    errors = [row[name] for row in rows for name in row if name.startswith("loss_std_error")]
+    low, high = (row["loss"] for row in rows)
+    claimed = len(errors) * log(2) - low              # two rows of K groups: 2 log 2 a group knows nothing
+    if high - low > max(3 * hypot(*errors), _BY_HEART * claimed):
+        share = min(1, (high - low) / claimed)
+        warnings.warn(f"fit_ncp: the loss is {low:.3f} on training images and {high:.3f} on held-out ones: "
+                      f"{share:.0%} of what the ratio has learned is about the training images alone. Take a "
+                      "smaller ratio, weight decay or more images, and do not trust gradient samplers on it",
+                      stacklevel=4)
+
+# %% ../../nbs/engine/train.ipynb #cf3c6557
+def _fit_watched(ncp: NoiseContrastivePrior, loss: NCELoss, data: Images, held_out: Tensor | None, *,
+                 batch_size: int, seed: int, about: dict, machine: Machine, **how) -> None:
+    "`fit`, watched by the ratios' loss on held-out images where there are some, and compared at the end."
+    look = partial(_held_out_reports, ncp, loss.negatives, stream(seed, "held-out"),
+                   -(-batch_size // machine.parts))
+    about = dict(about, data=digest_of_data(data), held_out=digest_of_data(held_out))
+    fit(loss, data, batch_size=batch_size, seed=seed, about=about, machine=machine,
+        monitor=None if held_out is None else partial(look, held_out), **how)
+    if held_out is not None:
+        device = Accelerator().device
+        _warn_if_overfitted(look, first_images(data, len(held_out), batch_size, seed, device), held_out)
 
 # %% ../../nbs/engine/train.ipynb #f922f40b
-def fit_ncp(vae: TopDownVAE, data: _Data, *, ratios: Sequence[RatioEstimator] | None = None, steps: int,
+def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None, steps: int,
             batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
             sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
             machine: Machine = Machine(), history: str | Path | None = None,
             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
     """Stage two: freeze the VAE and train one classifier for each latent group (Eq. 3, 4), all at once.
 
-    ratios: one a group; None: `MLPRatio`s of App. I's size. held_out: [N, *image] not in data, for diagnoses
-    in the history. base: an NCP trained before, for a further stage against `sampler`'s draws from it (see
-    `stage_negatives`); the result is the product of both. The rest: see `fit`.
+    ratios: one a group; None: `MLPRatio`s of App. I's size, and smaller ones below 2,000 images.
+    held_out: [N, *image] not in data, by whose loss, summed over groups, the best step is chosen; a warning
+    where the training's is far below. base: an NCP trained before, for a further stage against `sampler`'s
+    draws from it (see `stage_negatives`); the result is the product of both. The rest: see `fit`.
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
-    _check_base(vae, base, sampler)
-    ncp = NoiseContrastivePrior(vae, _default_ratios(vae, seed) if ratios is None else ratios)
+    name = _stage_name(vae, base, sampler)
+    if ratios is None:
+        ratios = _default_ratios(vae, count_images(data), seed)
+    ncp = NoiseContrastivePrior(vae, ratios)
     speed_up(vae.to(Accelerator().device), machine.channels_last, machine.compile)
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
-    rows = -(-batch_size // machine.parts)
-    monitor = None if held_out is None else partial(_held_out_row, ncp, held_out, seed, rows, loss.negatives)
-    about = dict(model=_description(ncp), data=_digest_of_data(data),
-                 frozen=_digest("", vae.state_dict().values()), **_about_base(base, sampler))
-    fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
-        name="ncp" if base is None else f"ncp-{1 + _count_stages(base)}", about=about, recipe=recipe,
-        machine=machine, monitor=monitor, history=history, checkpoint=checkpoint)
+    _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
+                 about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
+                 history=history, checkpoint=checkpoint)
     if base is not None:
-        both = [StagedRatio([old, new]) for old, new in zip(base.ratios, ncp.ratios)]
-        ncp = NoiseContrastivePrior(vae, both)
+        ncp = NoiseContrastivePrior(vae, [StagedRatio(both) for both in zip(base.ratios, ncp.ratios)])
     return ncp.to(Accelerator().device).eval()
