@@ -112,8 +112,8 @@ class ImageScores:
     kernel: Measured         # squared cubic-kernel MMD; its unit is "KID" likewise
     generated: int           # images
     reference: int           # images
-    precision: float         # share of generated images near real ones, of at most 5,000 of each
-    recall: float            # share of real images near generated ones
+    precision: Measured      # share of generated images near real ones, of at most 5,000 of each
+    recall: Measured         # share of real images near generated ones
     features: str            # of which network
     protocol: str            # its name alone only where it was followed
     left: Tensor | None = field(default=None, compare=False, repr=False)    # the distance without each block
@@ -125,10 +125,8 @@ class ImageScores:
 
     def metrics(self, name: str) -> dict[str, Measured]:
         "What a run records of the samples NAME: frechet_NAME, kernel_NAME, precision_NAME, recall_NAME."
-        near = dict(n=min(5000, self.generated), unit="fraction")
         return {f"frechet_{name}": self.distance, f"kernel_{name}": self.kernel,
-                f"precision_{name}": Measured(self.precision, **near),
-                f"recall_{name}": Measured(self.recall, **near)}
+                f"precision_{name}": self.precision, f"recall_{name}": self.recall}
 
 # %% ../../nbs/engine/fid.ipynb #c87112f2
 def _process() -> tuple[int, int]:
