@@ -103,9 +103,9 @@ def _depth(q: AggregatePosterior, threshold: float, n: int = 1000) -> tuple[floa
     return of_prior, inside, (inside * (1 - inside) / len(chosen)) ** 0.5
 
 def _warn_if_shallow(q: AggregatePosterior, threshold: float) -> None:
-    "Warn where q has more than exp(-tau) of the prior's mass in {z: s(z) < -tau}, by two standard errors."
+    "Warn where {z: s(z) < -tau} is less than half as deep as tau, by two standard errors."
     of_prior, inside, error = _depth(q, threshold)
-    if inside - 2 * error > exp(-threshold) * of_prior:
+    if inside - 2 * error > exp(-threshold / 2) * of_prior:
         warnings.warn(f"hole_mass: the set has {of_prior:.1%} of the prior, and {inside:.1%} of the latents "
                       f"of images that are left out: no hole of {threshold:g} nats. N = {q.n:,} images in "
                       f"{q.event.numel()} dimensions are too few, and the mixture's own gaps are counted",
