@@ -22,9 +22,10 @@ from .walk import TopDownVAE, from_posterior, from_prior, seeded
 _PIECE = 1000        # images encoded at a time
 _ELEMENTS = 2**22    # numbers held at a time
 
-def _log_sum_of_densities(laws: list[Distribution], z: Tensor, left_out: Tensor) -> Tensor:
+def _log_sum_of_densities(laws: list[Distribution], z: Tensor, left_out: Tensor | None = None) -> Tensor:
     "log sum_n q_n(z) over all rows n but left_out [M] of laws, PIECE rows each: [M], nats. z: [M, *event]."
     rows = max(1, _ELEMENTS // (max(law.batch_shape[0] for law in laws) * z.shape[1:].numel()))
+    left_out = torch.full((len(z),), -1, device=z.device) if left_out is None else left_out
     parts = []
     for piece, out in zip(z.split(rows), left_out.split(rows)):              # never the whole table
         every = piece.unsqueeze(1)                                           # [m, 1, *event]
@@ -61,8 +62,7 @@ class AggregatePosterior:
 
     def log_prob(self, z: Tensor) -> Tensor:
         "log q(z): [M], nats. z: [M, *event]. The M x N table is never held whole."
-        none = torch.full((len(z),), -1, device=z.device)
-        return _log_sum_of_densities(self.posteriors, z, none) - log(self.n)
+        return _log_sum_of_densities(self.posteriors, z) - log(self.n)
 
     def score(self, z: Tensor) -> Tensor:
         "s(z) = log q(z) - log p(z), the log ratio that NCE looks for. z: [M, *event] -> [M], nats."
