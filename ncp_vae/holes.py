@@ -6,7 +6,8 @@
 __all__ = ['AggregatePosterior', 'hole_mass', 'mmd2', 'mmd_p_value', 'c2st']
 
 # %% ../nbs/theory/03_prior_hole.ipynb #87e22aea
-from math import log
+import warnings
+from math import exp, inf, log
 from typing import Sequence
 
 import torch
@@ -21,14 +22,18 @@ from .walk import TopDownVAE, from_posterior, from_prior, seeded
 _PIECE = 1000        # images encoded at a time
 _ELEMENTS = 2**22    # numbers held at a time
 
-def _log_sum_of_densities(laws: list[Distribution], z: Tensor) -> Tensor:
-    "log sum_n q_n(z) over all rows of laws, at most PIECE rows each: [M], nats. z: [M, *event]."
+def _log_sum_of_densities(laws: list[Distribution], z: Tensor, left_out: Tensor | None = None) -> Tensor:
+    "log sum_n q_n(z) over all rows n but left_out [M] of laws, PIECE rows each: [M], nats. z: [M, *event]."
     rows = max(1, _ELEMENTS // (max(law.batch_shape[0] for law in laws) * z.shape[1:].numel()))
+    left_out = torch.full((len(z),), -1, device=z.device) if left_out is None else left_out
     parts = []
-    for piece in z.split(rows):                                              # never the whole table
+    for piece, out in zip(z.split(rows), left_out.split(rows)):              # never the whole table
         every = piece.unsqueeze(1)                                           # [m, 1, *event]
-        terms = [law.log_prob(every.expand(-1, *law.batch_shape, *z.shape[1:])).logsumexp(1)
-                 for law in laws]
+        terms = []
+        for i, law in enumerate(laws):
+            table = law.log_prob(every.expand(-1, *law.batch_shape, *z.shape[1:]))
+            own = out[:, None] - i * _PIECE == torch.arange(table.shape[1], device=z.device)
+            terms.append(table.masked_fill(own, -inf).logsumexp(1))
         parts.append(torch.stack(terms).logsumexp(0))
     return torch.cat(parts)
 
@@ -82,13 +87,40 @@ def scored_prior_draws(q: AggregatePosterior, n: int,
         score, order = q.score(z).sort()
     return z[order], score
 
-# %% ../nbs/theory/03_prior_hole.ipynb #3a6069d8
-def hole_mass(scores: Tensor, threshold: float) -> Measured:
-    """h_tau, the prior mass of {z: s(z) < -tau}. scores: [n] of prior draws, threshold: tau; nats.
+# %% ../nbs/theory/03_prior_hole.ipynb #6f274204
+def _depth(q: AggregatePosterior, threshold: float, n: int = 1000) -> tuple[float, float, float]:
+    """The mass of {z: s(z) < -tau} under the prior and under q, and the error of the latter.
 
-    The standard error is the binomial one at (hits + 1) / (n + 2): no hit is not certainty."""
-    n = len(scores)
-    hits = int((scores < -threshold).sum())
+    Of draws of q the image that they came from is left out. 1,000 draws of each, by a seed of its own."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), seeded(generator):
+        chosen = torch.randperm(q.n, device=q.device)[:n]
+        z = torch.cat([law.sample() for law in q.posteriors])[chosen]
+        prior = q.prior.sample((n,)).squeeze(1)
+        others = _log_sum_of_densities(q.posteriors, z, chosen) - log(max(1, q.n - 1))
+        inside = (others - q.prior.log_prob(z.unsqueeze(1)).squeeze(1) < -threshold).double().mean().item()
+        of_prior = (q.score(prior) < -threshold).double().mean().item()
+    return of_prior, inside, (inside * (1 - inside) / len(chosen)) ** 0.5
+
+def _warn_if_shallow(q: AggregatePosterior, threshold: float) -> None:
+    "Warn where {z: s(z) < -tau} is less than half as deep as tau, by two standard errors."
+    of_prior, inside, error = _depth(q, threshold)
+    if inside - 2 * error > exp(-threshold / 2) * of_prior:
+        warnings.warn(f"hole_mass: the set has {of_prior:.1%} of the prior, and {inside:.1%} of the latents "
+                      f"of images that are left out: no hole of {threshold:g} nats. N = {q.n:,} images in "
+                      f"{q.event.numel()} dimensions are too few, and the mixture's own gaps are counted",
+                      stacklevel=3)
+
+# %% ../nbs/theory/03_prior_hole.ipynb #3a6069d8
+def hole_mass(q: AggregatePosterior, z: Tensor, threshold: float) -> Measured:
+    """h_tau, the mass of {z: s(z) < -tau} under the law of z. z: [n, *event], threshold: tau, nats.
+
+    The standard error is the binomial one at (hits + 1) / (n + 2): no hit is not certainty. Warns where
+    the images behind q are too few to tell: see `_warn_if_shallow`."""
+    _warn_if_shallow(q, threshold)
+    n = len(z)
+    with torch.no_grad():
+        hits = int((q.score(z) < -threshold).sum())
     smoothed = (hits + 1) / (n + 2)
     error = (smoothed * (1 - smoothed) / n) ** 0.5
     return Measured(hits / n, error, n=n, unit="fraction of the mass")
@@ -105,19 +137,20 @@ def _two_samples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("samples: a value is NaN or infinite, finite numbers were expected")
     return x, y
 
-def _median_distance(z: Tensor) -> float:
-    "The median distance between two rows of z: [n, D], n >= 2; the usual bandwidth."
-    median = torch.pdist(z).median().item()
-    if median == 0:
-        raise ValueError("the median distance is 0 (most rows are equal): give bandwidths")
-    return median
-
 def _rbf(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
     "k(x, y), the mean over bandwidths b of exp(-|x - y|^2 / (2 b^2)): [N, D], [M, D] -> [N, M]."
     if not bandwidths or min(bandwidths) <= 0:
         raise ValueError(f"bandwidths must be positive, got {list(bandwidths)}")
     squared = torch.cdist(x, y).square()
     return sum(torch.exp(squared / (-2 * b**2)) for b in bandwidths) / len(bandwidths)
+
+# %% ../nbs/theory/03_prior_hole.ipynb #0245c97b
+def median_distance(z: Tensor) -> float:
+    "The median distance between two rows of z: [n, D], n >= 2; the usual bandwidth."
+    median = torch.pdist(z).median().item()
+    if median == 0:
+        raise ValueError("the median distance is 0 (most rows are equal): give bandwidths")
+    return median
 
 # %% ../nbs/theory/03_prior_hole.ipynb #4ff30424
 def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float] | None = None) -> float:
@@ -126,7 +159,7 @@ def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float] | None = None) -> flo
     x: [N, *event], y: [M, *event]. bandwidths of the RBF kernel; None: the median distance between
     two rows of the first 500 of each. The kernel is computed in blocks and never held whole."""
     x, y = _two_samples(x, y)
-    bandwidths = bandwidths or [_median_distance(torch.cat([x[:500], y[:500]]))]
+    bandwidths = bandwidths or [median_distance(torch.cat([x[:500], y[:500]]))]
     def total(a, b):
         return sum(_rbf(rows, b, bandwidths).sum() for rows in a.split(max(1, _ELEMENTS // len(b))))
     n, m = len(x), len(y)
@@ -145,7 +178,7 @@ def mmd_p_value(x: Tensor, y: Tensor, permutations: int = 199,
     n = len(x)
     m = len(y)
     z = torch.cat([x, y])
-    kernel = _rbf(z, z, bandwidths or [_median_distance(z)]).fill_diagonal_(0)
+    kernel = _rbf(z, z, bandwidths or [median_distance(z)]).fill_diagonal_(0)
     with seeded(generator):
         orders = [torch.arange(n + m)] + [torch.randperm(n + m) for _ in range(permutations)]
     first = (torch.stack(orders) < n).to(kernel)    # [permutations + 1, N + M]: who counts as x

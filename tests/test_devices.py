@@ -219,7 +219,7 @@ MEASURES = {
     "density of the aggregate": hole(lambda q, z: q.log_prob(z)), "score": hole(lambda q, z: q.score(z)),
     "draws of the aggregate": hole(lambda q, z: q.sample(9, rng())),
     "scored draws": hole(lambda q, z: holes.scored_prior_draws(q, 9, rng())),
-    "hole mass": of_draws(lambda a, b: holes.hole_mass(a[:, 0], 1.0)), "MMD": of_draws(holes.mmd2), "kernel": of_draws(lambda a, b: holes._rbf(a, b, [1.0])),
+    "hole mass": hole(lambda q, z: holes.hole_mass(q, z, 1.0)), "MMD": of_draws(holes.mmd2), "kernel": of_draws(lambda a, b: holes._rbf(a, b, [1.0])),
     "MMD in blocks": of_draws(block_mmd2),
     "p-value of MMD": of_draws(lambda a, b: holes.mmd_p_value(a, b, 9, generator=rng())),
     "a classifier": of_draws(lambda a, b: holes.c2st(a, b, rng())),

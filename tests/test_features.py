@@ -263,8 +263,20 @@ def test_precision_and_recall_agree_with_scikit_learn():
     def share(points, centres):
         reach = NearestNeighbors(n_neighbors=4).fit(centres).kneighbors(centres)[0][:, -1]
         return (np.linalg.norm(points.numpy()[:, None] - centres.numpy(), axis=-1) <= reach).any(1).mean()
-    assert precision_recall(real, fake) == pytest.approx((share(fake, real), share(real, fake)), abs=1e-12)
-    assert precision_recall(fake, real) == precision_recall(real, fake)[::-1]
+    precision, recall = precision_recall(real, fake)
+    assert (precision.value, recall.value) == pytest.approx((share(fake, real), share(real, fake)), abs=1e-12)
+    assert (precision.n, recall.n) == (300, 1200) and precision.unit == "fraction"
+    assert precision_recall(fake, real) == (recall, precision)
+    blocks = [share(fake[j::10], real[j::10]) for j in range(10)]
+    assert precision.std_error == pytest.approx(np.std(blocks, ddof=1) / 10**0.5)
+
+
+def test_an_error_of_a_few_neighbours_is_not_given():
+    "Blocks of ten rows have an error, blocks of nine have none, whichever set is the small one."
+    rows = draws(100, 3)
+    assert all(share.std_error > 0 for share in precision_recall(rows, draws(100, 3, seed=1)))
+    for pair in [(rows, draws(99, 3, seed=1)), (draws(99, 3, seed=1), rows)]:
+        assert all(share.std_error is None for share in precision_recall(*pair))
 
 
 def test_dropped_modes_cost_recall_and_strays_cost_precision():
@@ -272,7 +284,7 @@ def test_dropped_modes_cost_recall_and_strays_cost_precision():
     clusters = [0.1 * draws(50, 3, seed=i) + 10 * i for i in range(10)]
     fake = torch.cat([0.05 * draws(50, 3, seed=99) + 10 * i for i in range(4)] + [draws(50, 3) - 100])
     precision, recall = precision_recall(torch.cat(clusters), fake)
-    assert 0.78 < precision <= 0.8 and 0.2 < recall <= 0.4
+    assert 0.78 < precision.value <= 0.8 and 0.2 < recall.value <= 0.4
 
 
 @pytest.mark.parametrize("k", [0, 10, -1])

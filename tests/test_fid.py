@@ -501,7 +501,7 @@ def both_scores():
 def vars_of(scores):
     "Plain values."
     return {**vars(scores), "distance": vars(scores.distance), "kernel": vars(scores.kernel),
-            "left": None if scores.left is None else scores.left.tolist()}
+            "precision": vars(scores.precision), "recall": vars(scores.recall), "left": None if scores.left is None else scores.left.tolist()}
 
 
 def test_two_processes_are_one(tmp_path):

@@ -1,6 +1,7 @@
 """The aggregate posterior and the measures of a hole, against brute force, closed forms and their own nulls."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -95,22 +96,64 @@ def test_scored_prior_draws_are_sorted_and_scored():
     assert abs(radius.mean() - 2) < 5 * (4 / 300) ** 0.5
 
 
-def test_hole_mass_counts_and_knows_that_zero_hits_is_not_certainty():
-    scores = torch.tensor([-5.0, -2.0, -1.0, 0.0])
-    assert hole_mass(scores, 2.0).value == 0.25           # strictly below -tau
-    assert hole_mass(scores, 10.0).value == 0 and hole_mass(scores, 10.0).std_error > 0.1
+def shifted(shift, n=100):
+    "q(z) = N(shift, 1), of n equal images: s(z) = shift z - shift^2 / 2."
+    vae = spread(1)
+    vae.posterior = lambda x: diagonal_normal(x, torch.ones_like(x))
+    return AggregatePosterior(vae, torch.full((n, 1), shift))
+
+
+def test_hole_mass_counts_and_knows_that_zero_hits_is_not_certainty(monkeypatch):
+    q, scores = shifted(1.0), torch.tensor([-5.0, -2.0, -1.0, 0.0])
+    monkeypatch.setattr(q, "score", lambda z: z)
+    monkeypatch.setattr(holes, "_warn_if_shallow", lambda q, threshold: None)
+    assert hole_mass(q, scores, 2.0).value == 0.25           # strictly below -tau
+    assert hole_mass(q, scores, 10.0).value == 0 and hole_mass(q, scores, 10.0).std_error > 0.1
 
 
 @pytest.mark.parametrize("shift", [-2.0, 0.3, 1.0])
 def test_hole_mass_of_a_shifted_normal(shift):
     "s(z) = shift z - shift^2 / 2, so h_tau is a Normal probability. 9 numbers, 5 standard errors each."
-    vae = spread(1)
-    vae.posterior = lambda x: diagonal_normal(x, torch.ones_like(x))
-    _, scores = scored_prior_draws(AggregatePosterior(vae, torch.full((1, 1), shift)), 10_000, rng(0))
+    q = shifted(shift)
+    z, _ = scored_prior_draws(q, 10_000, rng(0))
     for tau in (0.0, 0.5, 2.0):
-        mass = hole_mass(scores, tau)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")                # this q is exact
+            mass = hole_mass(q, z, tau)
         truth = Normal(0.0, 1.0).cdf(torch.tensor((shift**2 / 2 - tau) / abs(shift))).item()
         assert abs(mass.value - truth) < 5 * mass.std_error
+
+
+def noisy_copies(n, dims):
+    "x = z + eps / 2 with its exact posterior, n images of its own: q = p, but for n."
+    vae = spread(dims)
+    vae.posterior = lambda x: diagonal_normal(0.8 * x, torch.full_like(x, 0.2**0.5))
+    return AggregatePosterior(vae, 1.25**0.5 * torch.randn(n, dims, generator=rng(0)))
+
+
+@pytest.mark.parametrize("n, dims, told", [(1000, 2, False), (100, 8, True), (3000, 8, True), (1000, 16, True)])
+def test_holes_of_a_few_images_in_many_dimensions_are_told(n, dims, told):
+    """q = p, so that all of the mass is the mixture's own. It is small where there is no warning, and where there is one
+    it has the numbers; a draw of the caller's random numbers is not taken."""
+    q, z, state = noisy_copies(n, dims), torch.randn(1000, dims, generator=rng(1)), torch.get_rng_state()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mass = hole_mass(q, z, 2.0)
+    assert len(caught) == told and (mass.value > 0.05) == told and torch.equal(state, torch.get_rng_state())
+    if told:
+        assert f"N = {n:,} images in {dims} dimensions" in str(caught[0].message) and caught[0].filename == __file__
+
+
+def test_a_draw_is_scored_without_the_image_that_it_came_from(monkeypatch):
+    "Against the sum written out, in pieces of every size."
+    x, z = torch.randn(17, 2, generator=rng(0)), torch.randn(17, 2, generator=rng(1))
+    out = torch.randperm(17, generator=rng(2))
+    table = Independent(Normal(x, 0.3 + x.abs() / 3), 1).log_prob(z[:, None])
+    wanted = table.scatter(1, out[:, None], -math.inf).logsumexp(1)
+    monkeypatch.setattr(holes, "_PIECE", 5)
+    monkeypatch.setattr(holes, "_ELEMENTS", 40)
+    found = holes._log_sum_of_densities(AggregatePosterior(spread(2), x).posteriors, z, out)
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def brute_mmd2(x, y, bandwidths):
@@ -211,7 +254,7 @@ def test_an_exact_encoder_of_the_models_own_data_leaves_no_hole():
     x = 1.25**0.5 * torch.randn(4000, 2, generator=rng(0))
     q = AggregatePosterior(vae, x)
     assert q.score(q.sample(4000, rng(1))).mean().abs() < 0.05
-    assert hole_mass(scored_prior_draws(q, 4000, rng(2))[1], 2.0).value < 0.005
+    assert hole_mass(q, scored_prior_draws(q, 4000, rng(2))[0], 2.0).value < 0.005
     moved = AggregatePosterior(vae, x + 0.5 / 0.8)
     assert moved.score(moved.sample(4000, rng(1))).mean() > 0.2
 
@@ -224,7 +267,7 @@ def every_measure(device):
     x, y = torch.randn(12, 2, device=device), torch.randn(14, 2, device=device)
     return {"log_prob": lambda: q.log_prob(x), "score": lambda: q.score(x), "sample": lambda: q.sample(9),
             "scored_prior_draws": lambda: scored_prior_draws(q, 9)[1], "_rbf": lambda: _rbf(x, y, [1.0]),
-            "hole_mass": lambda: hole_mass(x[:, 0], 1.0), "mmd2": lambda: mmd2(x, y, [1.0]),
+            "hole_mass": lambda: hole_mass(q, x, 1.0), "mmd2": lambda: mmd2(x, y, [1.0]),
             "mmd_p_value": lambda: mmd_p_value(x, y, 9, [1.0]), "c2st": lambda: c2st(x, y)}
 
 

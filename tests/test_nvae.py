@@ -13,7 +13,7 @@ from ncp_vae.models.batch_norm import readjusted_batch_norm
 from ncp_vae.models.cells import NormedConv2d, bottom_up_cell, top_down_cell
 from ncp_vae.models.nvae import NVAE, PRESETS, NVAEConfig, Preset, _balance_alpha, _gaussian, preset
 from ncp_vae.models.spectral import SpectralNorms, norm_scales, stacked_kernels
-from ncp_vae.walk import check_trace, from_posterior, from_prior, replay
+from ncp_vae.walk import FlatVAE, check_trace, diagonal_normal, from_posterior, from_prior, replay
 
 TINY = preset("digits").config
 SCALES = NVAEConfig((3, 12, 12), (1, 2), channels=4, blocks=1, cells_per_block=2, latent_channels=3, cells_per_group=1,
@@ -385,6 +385,27 @@ def test_readjusted_statistics_are_the_average_of_the_walks():
         assert len(means) == 20 and torch.allclose(norm.running_mean, torch.stack(means).mean(0), atol=1e-5)
     hook.remove()
     assert 100 * 0.95**20 > 30                                 # what a momentum of 0.05 would have left
+
+
+class OneNumberAnImage(FlatVAE):
+    "The whole image is its latent, N(0, 1): a channel's variance is 1, and positions are no independent values."
+    def __init__(self):
+        super().__init__(1)
+        self.norm = nn.BatchNorm2d(1)
+
+    def likelihood(self, z):
+        mean = self.norm(z[:, :, None, None].expand(-1, 1, 4, 4))
+        return diagonal_normal(mean, torch.ones_like(mean))
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_readjusted_statistics_are_those_of_all_walks_together(batch_size):
+    """A variance of 1/4 at a temperature of 1/2, to 5 standard errors of 20,000 images; the average of the variances of
+    batches, with PyTorch's n / (n - 1) over all positions, would be 3/4 or 15/16 of that."""
+    vae, n = OneNumberAnImage(), 20_000
+    with readjusted_batch_norm(vae, 0.5, n // batch_size, batch_size, seeded(0)):
+        assert vae.norm.running_var.item() == pytest.approx(0.25, rel=5 * (2 / n) ** 0.5)
+        assert abs(vae.norm.running_mean.item()) < 5 * 0.5 / n**0.5
 
 
 @pytest.mark.parametrize("settings", [dict(batches=0), dict(batch_size=1)])

@@ -21,7 +21,7 @@ from .fid import ImageScorer, drawn_from, lower_by
 from .groups import device_of
 from .report import columns as aligned
 from .streams import stream
-from ..holes import c2st, mmd2
+from ..holes import c2st, median_distance, mmd2
 from ..measured import Measured, mean_of
 from ..prior import NoiseContrastivePrior, Partition, ReweightedPrior
 from ..resampling import SIR, Sampler
@@ -134,12 +134,14 @@ def _generator(seed: int, key: str) -> torch.Generator:
     return torch.Generator().manual_seed(stream(seed, key))
 
 # %% ../../nbs/engine/evaluate.ipynb #eea4fe26
-def block_mmd2(x: Tensor, y: Tensor, blocks: int = 10) -> Measured:
-    """Mean of the unbiased MMD^2 over disjoint blocks of x and y: [N, *event], [M, *event].
+def block_mmd2(x: Tensor, reference: Tensor, blocks: int = 10) -> Measured:
+    """Mean of the unbiased MMD^2 over disjoint blocks of x [N, *event] and reference [M, *event].
 
-    Zero in expectation where the laws agree."""
-    parts = [mmd2(a.flatten(1), b.flatten(1)) for a, b in zip(x.chunk(blocks), y.chunk(blocks))]
-    return mean_of(torch.tensor([float(part) for part in parts]), unit="MMD^2")
+    Zero in expectation where the laws agree. The bandwidth is the median distance between the first 1,000
+    rows of the reference. n: of the smaller set."""
+    bandwidths = [median_distance(reference[:1000].flatten(1).double())]
+    parts = [mmd2(a, b, bandwidths) for a, b in zip(x.chunk(blocks), reference.chunk(blocks))]
+    return replace(mean_of(torch.tensor(parts), unit="MMD^2"), n=min(len(x), len(reference)))
 
 # %% ../../nbs/engine/evaluate.ipynb #c53002fe
 def _sample_columns(priors: dict, images: Tensor, draws: int, samplers: dict[str, Sampler], seed: int,
@@ -249,11 +251,21 @@ def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, 
 
 # %% ../../nbs/engine/evaluate.ipynb #9682d4ed
 def table_of(rows: dict[str, dict[str, Measured]]) -> str:
-    "The rows of `compare` as aligned text: a line a prior, a column a quantity, with errors."
+    """The rows of `compare` as aligned text: a line a prior, a column a quantity, with errors.
+
+    A column of nats that is about fewer images than the first column says so in its head."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [["", *columns], *([name, *(row[c].short() if c in row else "" for c in columns)]
+    heads = [_head(name, [row[name] for row in rows.values() if name in row], next(iter(rows.values())))
+             for name in columns]
+    cells = [["", *heads], *([name, *(row[c].short() if c in row else "" for c in columns)]
                                for name, row in rows.items())]
     return aligned(cells)
+
+def _head(name: str, column: list[Measured], first: dict[str, Measured]) -> str:
+    "A column's name; with the number of images where it is smaller than that of the first number of all."
+    n, most = column[0].n, next(iter(first.values())).n
+    fewer = column[0].unit == "nats" and None not in (n, most) and n < most
+    return f"{name} (n = {n:,})" if fewer else name
 
 # %% ../../nbs/engine/evaluate.ipynb #9fd49854
 def nll_metrics(base: dict[str, Measured], row: dict[str, Measured]) -> dict[str, Measured]:

@@ -115,8 +115,8 @@ class ImageScores:
     protocol: str            # its name alone only where it was followed
     real: str                # a hash of the real images: the same for the same ones, in the same order, only
     kernel: Measured | None = None   # squared cubic-kernel MMD; its unit is "KID" likewise
-    precision: float | None = None   # share of generated images near real ones, of at most 5,000 of each
-    recall: float | None = None      # share of real images near generated ones
+    precision: Measured | None = None   # share of generated images near real ones, of at most 5,000 of each
+    recall: Measured | None = None      # share of real images near generated ones
     left: Tensor | None = field(default=None, compare=False, repr=False)    # the distance without each block
 
     @property
@@ -128,10 +128,8 @@ class ImageScores:
         "What a run records of the samples NAME: frechet_NAME, kernel_NAME, precision_NAME, recall_NAME."
         if self.kernel is None:
             return {f"frechet_{name}": self.distance}
-        near = dict(n=min(5000, self.generated), unit="fraction")
         return {f"frechet_{name}": self.distance, f"kernel_{name}": self.kernel,
-                f"precision_{name}": Measured(self.precision, **near),
-                f"recall_{name}": Measured(self.recall, **near)}
+                f"precision_{name}": self.precision, f"recall_{name}": self.recall}
 
 # %% ../../nbs/engine/fid.ipynb #c87112f2
 def _in_batches(total: int, batch_size: int, work: Callable[[int, int, int], object]) -> list:

@@ -28,27 +28,35 @@ def readjusted_batch_norm(vae: TopDownVAE, temperature: float, batches: int = 50
                          f"got batches={batches} and batch_size={batch_size}")
     modes = [(module, module.training) for module in vae.modules()]
     norms = [module for module, _ in modes if isinstance(module, _BatchNorm) and module.track_running_stats]
-    saved = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
+    saved = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     try:
         vae.eval()
-        _average_prior_walks(vae, norms, temperature, batches, batch_size, generator)
+        _take_from_prior_walks(vae, norms, temperature, batches, batch_size, generator)
         yield vae.eval()
     finally:
-        for norm, (momentum, buffers) in zip(norms, saved):
-            norm.momentum = momentum
+        for norm, buffers in zip(norms, saved):
             for name, value in norm.named_buffers():
                 value.copy_(buffers[name])
         for module, mode in modes:
             module.training = mode
 
 # %% ../../nbs/models/batch_norm.ipynb #257c1ed9
-def _average_prior_walks(vae: TopDownVAE, norms: list[nn.Module], temperature: float, batches: int,
-                        batch_size: int, generator: torch.Generator | None) -> None:
-    "Give the batch norms that a prior walk meets the plain average of its batches' statistics."
-    for norm in norms:
-        norm.train()
-        norm.momentum = None                       # equal weights, counted from zero
-        norm.num_batches_tracked.zero_()
-    with torch.no_grad(), seeded(generator):
-        for _ in range(batches):
-            vae.walk(from_prior(temperature), n=batch_size)
+def _take_from_prior_walks(vae: TopDownVAE, norms: list[nn.Module], temperature: float, batches: int,
+                           batch_size: int, generator: torch.Generator | None) -> None:
+    "Give the batch norms that a prior walk meets the mean and variance over the rows of all batches."
+    met = {}
+    def note(norm, inputs):
+        x = inputs[0].float().transpose(0, 1).flatten(1)               # [C, B * positions]
+        met.setdefault(norm, []).append(torch.stack(torch.var_mean(x, 1, correction=0)))
+    hooks = [norm.train().register_forward_pre_hook(note) for norm in norms]
+    try:
+        with torch.no_grad(), seeded(generator):
+            for _ in range(batches):
+                vae.walk(from_prior(temperature), n=batch_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, found in met.items():
+        variances, means = torch.stack(found, 1)                       # [batches, C] each
+        norm.running_mean.copy_(means.mean(0))
+        norm.running_var.copy_(variances.mean(0) + means.var(0, correction=0))
