@@ -510,7 +510,7 @@ def test_two_processes_are_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(worker, (2, port, str(tmp_path)), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second
     for found, alone in zip(first, both_scores()):
         for kind in ("distance", "kernel"):
