@@ -76,7 +76,7 @@ def test_gaussians25(command, tmp_path):
 
 
 def test_digits(command, fashion_mnist, tmp_path):
-    command("ncp-vae", *full("digits", tmp_path / "run", data_root=fashion_mnist, **STEPS, **FEW, batch_size=20, draws=100))
+    command("ncp-vae", *full("digits", tmp_path / "run", data_root=fashion_mnist, **STEPS, **FEW, batch_size=18, draws=100))
     params, metrics = result(tmp_path / "run", "digits")
     assert params["dataset"] == "fashion_mnist" and params["latent_dim"] == 50
     assert metrics["nll_base"]["n"] == 20 and metrics["nll_base"]["unit"] == "nats"
