@@ -11,7 +11,7 @@ import pytest
 import torch
 from exact import (GROUP_WISE, JOINT, RUNGS, SLOPE, WIDTH, AddedNoise, Function, Ladder, Rung, coins, ladder, ladder_images,
                    ladder_law, rng, worst)
-from torch.distributions import Independent, MultivariateNormal, Normal, Uniform
+from torch.distributions import Independent, Normal, Uniform
 
 import ncp_vae.hierarchy
 import ncp_vae.sampling

@@ -158,7 +158,7 @@ def test_a_draw_is_scored_without_the_image_that_it_came_from(monkeypatch):
 
 def brute_mmd2(x, y, bandwidths):
     k = _rbf(torch.cat([x, y]), torch.cat([x, y]), bandwidths)
-    n, m = len(x), len(y)
+    n = len(x)
     pairs = lambda block: (block.sum() - block.trace()) / (len(block) * (len(block) - 1))
     return (pairs(k[:n, :n]) + pairs(k[n:, n:]) - 2 * k[:n, n:].mean()).item()
 

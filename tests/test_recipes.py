@@ -12,7 +12,6 @@ from ncp_vae.engine import cost, store
 from ncp_vae.engine.data import Binarized, load
 from ncp_vae.engine.experiment import RunFolder, find_experiment
 from ncp_vae.engine.recipes import AsSeen, as_seen, build_vae, is_binary, keep_model, network, ratios_for, trained
-from ncp_vae.engine.stored import Augmented
 from ncp_vae.engine.train import fit_ncp, fit_vae
 from ncp_vae.models.nvae import PRESETS, NVAE
 from ncp_vae.models.ratios import ConvRatio, MLPRatio
