@@ -12,10 +12,11 @@ from torch import nn
 
 from ncp_vae.bound import elbo
 from ncp_vae.engine import checkpoint
-from ncp_vae.engine.batches import _index_batches, batches
+from ncp_vae.engine.batches import _index_batches, batches, digest
 from ncp_vae.engine.data import Binarized
 from ncp_vae.engine.streams import stream
 from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
+from ncp_vae.flows import RealNVP
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
@@ -643,6 +644,44 @@ def test_the_loop_asks_the_model_for_its_weights(wrap):
     assert loss(5, kl_balance=True) - loss(5) == pytest.approx(kl / 2, rel=1e-4)
     assert loss(10, kl_balance=True) == loss(10)
     assert loss(0, spectral=0.1) - loss(0) == pytest.approx(0.1 * vae.regularisation().item(), rel=1e-4)
+
+
+def test_beta_weighs_the_kl_in_training_and_in_the_choice(tmp_path):
+    "Twice the KL in the loss; the held-out loss that chooses the step is the one that is minimised, the ELBO beside it is the bound."
+    vae, x = Shares((2,), 2, hidden=(4,), sigma=0.5), torch.rand(64, 2)
+    def loss(step, beta):
+        torch.manual_seed(0)
+        return VAELoss(vae, kl_warmup=10, beta=beta)(x, step)["loss"].item()
+    kl = loss(10, 1.0) - loss(0, 1.0)
+    assert loss(10, 2.0) - loss(10, 1.0) == pytest.approx(kl, rel=1e-4)
+    history = tmp_path / "history.jsonl"
+    fit_vae(vae, x, held_out=x, beta=3.0, steps=20, batch_size=64, lr=1e-4, seed=0, history=history)
+    row = rows_of(history, "vae held-out")[-1]
+    bound = elbo(vae, x, torch.Generator().manual_seed(stream(0, "held-out")))
+    assert row["elbo"] == pytest.approx(bound.elbo.mean().item(), abs=1e-3)
+    assert row["loss"] == pytest.approx((2 * bound.kl.sum(-1) - bound.elbo).mean().item(), abs=1e-3)
+    with pytest.raises(ValueError, match="beta and spectral must be at least 0, got 0, -1"):
+        fit_vae(vae, x, beta=-1, steps=1, batch_size=64, lr=1e-4, seed=0)
+
+
+def test_a_law_does_not_come_back_upon_another_vae(tmp_path):
+    "A checkpoint of laws holds the VAE too: on another frozen VAE it would put its own in the place of that one."
+    def fit(seed):
+        torch.manual_seed(seed)
+        vae = DenseVAE((2,), 2, hidden=(8,), sigma=0.5).requires_grad_(False)
+        before = digest("", vae.parameters())
+        law = RealNVP(2, blocks=1, hidden=4)
+        fit_vae(WithPriors(vae, [law]), points(64, 0), steps=2, batch_size=32, lr=1e-2, seed=0, checkpoint=tmp_path / "law.ckpt")
+        assert digest("", vae.parameters()) == before
+    fit(0)
+    fit(0)
+    with pytest.raises(ValueError, match="another training: frozen is"):
+        fit(1)
+
+
+def test_rates_that_drop():
+    with pytest.raises(ValueError, match=r"lr_drops must lie in \(0, 1\), got \(1,\)"):
+        Recipe(lr_drops=(1,))
 
 
 def test_training_does_not_load_nvae():

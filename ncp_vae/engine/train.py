@@ -44,6 +44,7 @@ class Recipe:
     lr_warm_up: int = 0           # steps over which the learning rate rises to lr
     weight_decay: float = 0.0     # L2, on every parameter
     clip: float = 0.0             # largest norm of the whole gradient; 0: as it is, like NVAE's own code
+    lr_drops: tuple = ()          # parts of the way, in (0, 1), from where lr is a tenth; no cosine then
 
     def __post_init__(self):
         if self.optimizer not in ("adam", "adamax"):
@@ -52,6 +53,8 @@ class Recipe:
         if min(numbers) < 0:
             raise ValueError("Recipe: lr_end, lr_warm_up, weight_decay and clip must be at least 0, "
                              f"got {numbers}")
+        if not all(0 < part < 1 for part in self.lr_drops):
+            raise ValueError(f"Recipe: lr_drops must lie in (0, 1), got {self.lr_drops}")
 
 # %% ../../nbs/engine/train.ipynb #87d71f66
 @dataclass(frozen=True)
@@ -68,10 +71,12 @@ class Machine:
 
 # %% ../../nbs/engine/train.ipynb #6b010013
 def _lr_at(step: int, steps: int, lr: float, recipe: Recipe) -> float:
-    "The learning rate of a step: a line up to lr, then a cosine down to lr_end."
+    "The learning rate of a step: a line up to lr, then a cosine down to lr_end, or drops."
     if step < recipe.lr_warm_up:
         return lr * (step + 1) / recipe.lr_warm_up
     progress = (step - recipe.lr_warm_up) / max(1, steps - recipe.lr_warm_up)
+    if recipe.lr_drops:
+        return lr / 10 ** sum(progress >= part for part in recipe.lr_drops)
     end = min(lr, recipe.lr_end)
     return end + (lr - end) * (1 + cos(pi * min(1.0, progress))) / 2
 
@@ -296,24 +301,26 @@ def _without_priors(vae: TopDownVAE) -> TopDownVAE:
     return _without_priors(vae.vae) if isinstance(vae, WithPriors) else vae
 
 class VAELoss(nn.Module):
-    "Minus the mean ELBO, its KL weighted by min(1, step / kl_warmup), and what `fit_vae` describes."
-    def __init__(self, vae: TopDownVAE, kl_warmup: int, kl_balance: bool = False, spectral: float = 0.0):
+    "Minus the mean ELBO, its KL weighted by beta min(1, step / kl_warmup), and what `fit_vae` describes."
+    def __init__(self, vae: TopDownVAE, kl_warmup: int, kl_balance: bool = False, spectral: float = 0.0,
+                 beta: float = 1.0):
         super().__init__()
         self.vae = vae
         self.kl_warmup = kl_warmup
         self.kl_balance = kl_balance
         self.spectral = spectral
+        self.beta = beta
         for needed, used in [("kl_weights", kl_balance), ("regularisation", spectral)]:
             if used and not hasattr(_without_priors(vae), needed):
                 raise ValueError("kl_balance and spectral are for models like NVAE; "
                                  f"{type(vae).__name__} has no {needed}")
 
     def forward(self, x: Tensor, step: int) -> dict[str, Tensor]:
-        weight = min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0
+        risen = min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0
         bound = elbo(self.vae, x)
         reconstruction, kl = bound.reconstruction.mean(), bound.kl.sum(-1).mean()
-        shares = _without_priors(self.vae).kl_weights(bound.kl) if self.kl_balance and weight < 1 else 1.0
-        loss = weight * (shares * bound.kl.mean(0)).sum() - reconstruction
+        shares = _without_priors(self.vae).kl_weights(bound.kl) if self.kl_balance and risen < 1 else 1.0
+        loss = self.beta * risen * (shares * bound.kl.mean(0)).sum() - reconstruction
         if self.spectral:
             loss = loss + self.spectral * _without_priors(self.vae).regularisation()
         return dict(loss=loss, elbo=(reconstruction - kl).detach(), kl=kl.detach())
@@ -328,35 +335,40 @@ def _description(module: nn.Module) -> dict:
     return {**about, "config": config.to_dict()} if hasattr(config, "to_dict") else about
 
 # %% ../../nbs/engine/train.ipynb #2f51dff8
-def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int) -> dict[str, float]:
-    "The mean ELBO of images in eval mode, `rows` at a time, its error, and its negative as the loss."
+def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: float) -> dict[str, float]:
+    "The mean ELBO of images in eval mode, `rows` at a time, its error, and the loss that is minimised."
     generator = torch.Generator().manual_seed(seed)
     device = Accelerator().device
     with torch.no_grad():
-        bounds = torch.cat([elbo(vae.eval(), x.to(device), generator).elbo for x in images.split(rows)])
+        parts = [elbo(vae.eval(), x.to(device), generator) for x in images.split(rows)]
     vae.train()
-    mean = round(bounds.double().mean().item(), 6)
-    return dict(loss=-mean, elbo=mean, elbo_std_error=round(bounds.std().item() / len(bounds) ** 0.5, 6))
+    bounds = torch.cat([part.elbo for part in parts]).double()
+    surplus = (1 - beta) * torch.cat([part.kl.sum(-1) for part in parts]).double()
+    return dict(loss=-round((bounds + surplus).mean().item(), 6), elbo=round(bounds.mean().item(), 6),
+                elbo_std_error=round(bounds.std().item() / len(bounds) ** 0.5, 6))
 
 # %% ../../nbs/engine/train.ipynb #f0a00688
 def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: float, seed: int,
-            kl_warmup: int = 0, kl_balance: bool = False, spectral: float = 0.0,
+            kl_warmup: int = 0, beta: float = 1.0, kl_balance: bool = False, spectral: float = 0.0,
             held_out: Tensor | None = None, recipe: Recipe = Recipe(), machine: Machine = Machine(),
             history: str | Path | None = None, checkpoint: str | Path | None = None) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, in eval mode, on the training device.
 
-    data: [N, *image], a Dataset or a DataLoader of images. kl_warmup: steps over which the KL's weight goes
-    from 0 to 1. kl_balance: share it out by vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of
-    vae.regularisation(). held_out: [N, *image] not in data; their ELBO stands in the history, and the weights
-    returned are those of the highest one found after the warm-up. The rest: see `fit`."""
-    if kl_warmup < 0 or spectral < 0:
-        raise ValueError("fit_vae: kl_warmup and spectral must be at least 0, "
-                         f"got {kl_warmup} and {spectral}")
+    data: [N, *image], a Dataset or a DataLoader of images. Parameters that need no gradient stay as they are.
+    kl_warmup: steps over which the KL's weight goes from 0 to beta. kl_balance: share it out by
+    vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of vae.regularisation(). held_out:
+    [N, *image] not in data; their ELBO stands in the history, and the weights returned are those of the
+    highest one (with the KL weighted by beta) found after the warm-up. The rest: see `fit`."""
+    if min(kl_warmup, beta, spectral) < 0:
+        raise ValueError("fit_vae: kl_warmup, beta and spectral must be at least 0, "
+                         f"got {kl_warmup}, {beta} and {spectral}")
     _try_out(vae.eval(), data, batch_size, seed)
     about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), kl_warmup=kl_warmup,
-                 kl_balance=kl_balance, spectral=spectral, model=_description(vae))
-    loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral)
-    look = partial(_held_out_elbo, vae, held_out, stream(seed, "held-out"), -(-batch_size // machine.parts))
+                 beta=beta, kl_balance=kl_balance, spectral=spectral, model=_description(vae),
+                 frozen=digest("", [p for p in vae.parameters() if not p.requires_grad]))
+    loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral, beta)
+    look = partial(_held_out_elbo, vae, held_out, stream(seed, "held-out"), -(-batch_size // machine.parts),
+                   beta)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae", about=about,
         recipe=recipe, machine=machine, monitor=None if held_out is None else look, best_from=kl_warmup,
         history=history, checkpoint=checkpoint)
