@@ -200,16 +200,18 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
     """A row of measured numbers for each prior, by its name; differences are against the first.
 
     images: [copies * N, *image], all in their first binarisation, then in the second, and so on. num_samples:
-    S posterior draws an image. log_z_samples, method: of log Z, see `log_partition`. proposals: M of the SIR
+    S posterior draws an image; 0 for no likelihoods. log_z_samples, method: of log Z, see `log_partition`. proposals: M of the SIR
     density, one int or one a group, None for no bound; it is for the first bound_images (None: N), in whole
     parts. draws: samples whose latents are compared, by samplers[name] (else by the prior's own). scorer:
     what measures images (`ImageScorer`). keep(name, compute) may remember what was computed (`Run.once`).
     Raises ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
     _check(priors, images, bound_images, copies, draws, samplers)
     bounded = len(images) // copies if bound_images is None else bound_images
-    table = _likelihood_columns(priors, images, num_samples=num_samples, seed=seed,
-                                log_z_samples=log_z_samples, method=method, proposals=proposals,
-                                bound_images=bounded, copies=copies, keep=keep)
+    table = {name: {} for name in priors}
+    if num_samples:
+        table = _likelihood_columns(priors, images, num_samples=num_samples, seed=seed,
+                                    log_z_samples=log_z_samples, method=method, proposals=proposals,
+                                    bound_images=bounded, copies=copies, keep=keep)
     more = [_sample_columns(priors, images, draws, samplers, seed, keep)] if draws else []
     if scorer is not None:
         of_images = {name: drawn_from(prior, samplers.get(name)) for name, prior in priors.items()}
