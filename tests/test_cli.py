@@ -297,6 +297,7 @@ def test_ctrl_c_keeps_the_training_and_resume_goes_on(start, ask, clone):
     assert steps == list(range(50, 301, 50))                          # nothing done twice, nothing left out
     assert read_record(folder)["params"]["steps"] == 300 and state_of(folder) == "succeeded"
     assert (folder / "notebook.1.ipynb").is_file() and status(folder)["attempt"] == 2
+    assert read_record(folder)["earlier_commits"] == [json.loads((folder / "environment.1.json").read_text())["commit"]]
 
 
 def test_a_scheduler_stops_a_run(start, clone):

@@ -203,9 +203,11 @@ class Run(RunFolder):
         if not self.metrics:
             raise ValueError("finish: no metric was recorded, so there is nothing to report")
         asked = read_json(self.dir / "params.json")
+        earlier = [read_json(path)["commit"] for path in sorted(self.dir.glob("environment.*.json"))]
         record = {"data": asked["params"].get("dataset") or asked["experiment"],
                   "model": asked["params"].get("model", ""), "parts": [], **about, **asked,
-                  "commit": self.environment["commit"], "environment": self.environment,
+                  "earlier_commits": earlier, "commit": self.environment["commit"],
+                  "environment": self.environment,
                   "seconds": round(time.monotonic() - self.began, 3),
                   "metrics": {name: asdict(metric) for name, metric in self.metrics.items()}}
         write_json(self.dir / "metrics.json", record)
