@@ -1,5 +1,6 @@
-"""The shallow VAEs: sizes by hand, the floor of the posterior, flows on either side, training, storing, and what is refused."""
+"""The shallow VAEs: sizes by hand, the floor of the posterior, flows on either side, pixels in order, training, storing."""
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from ncp_vae.engine import store
 from ncp_vae.engine.train import fit_ncp, fit_vae
 from ncp_vae.flows import RealNVP
 from ncp_vae.models.ratios import MLPRatio
-from ncp_vae.models.shallow import ShallowConfig, ShallowVAE
-from ncp_vae.walk import WithPriors, check_trace, from_posterior, from_prior
+from ncp_vae.models.shallow import AutoregressiveBernoulli, ResnetHVAE, ShallowConfig, ShallowVAE, _PixelNet
+from ncp_vae.walk import WithPriors, check_trace, from_posterior, from_prior, replay
 
 IMAGES = torch.bernoulli(torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
 TWO = dict(steps=2, batch_size=16, lr=1e-3, seed=0)
-KINDS = ["dense", "conv", "resnet"]
+KINDS = ["dense", "conv", "resnet", "pixel"]
 BOTH_WAYS = [(kind, blocks) for kind in KINDS for blocks in (0, 2)]
 
 
@@ -78,6 +79,10 @@ def test_sizes_of_the_paper():
     skips = sum(0 if (i, s) == (o, 1) else s * s * i * o + o for i, o, s in down + up)
     resnet = sum(9 * i * o + o + 9 * o * o + o for i, o, _ in down + up) + skips + 785 * heads + 41 * 784 + 33
     assert count(ShallowVAE(ShallowConfig("resnet"))) == resnet
+    residual_maps = resnet - 33                                     # what PixelVAE has of it, without the last layer
+    above, left = 6 * 33 * 33 + 33, 4 * 33 * 33 + 33
+    pixels = 3 * (2 * above + left + 4 * 66 * 33 + 33) + 34
+    assert count(ShallowVAE(ShallowConfig("pixel"))) == residual_maps + pixels
     with_flow = ShallowVAE(ShallowConfig("dense", posterior_blocks=20))
     assert count(with_flow) == dense + count(with_flow.flow) and count(with_flow.flow) == count(RealNVP(40, 20, 256))
 
@@ -94,6 +99,14 @@ def test_the_walk_is_valid_and_every_parameter_learns(kind, blocks):
             torch.nn.init.normal_(layer.network[-1].weight, std=0.1)
     (-elbo(vae, x).elbo.mean()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in vae.parameters())
+
+
+def test_the_two_levels_have_the_sizes_of_the_paper():
+    def dense(*widths):
+        return sum((i + 1) * o for i, o in zip(widths, widths[1:]))
+    flat = count(ShallowVAE(ShallowConfig("resnet"))) + 40 * 784            # its decoder is given both vectors
+    extra = dense(784, 150, 150) + dense(40, 150, 150) + dense(300, 300, 80) + dense(40, 150, 150, 80)
+    assert count(ResnetHVAE(ShallowConfig("resnet"))) == flat + extra
 
 
 def test_width_shrinks_units_and_channels():
@@ -165,6 +178,116 @@ def test_each_kind_trains_is_stored_and_carries_a_contrastive_prior(kind, blocks
             answer = bound, prior.log_ratio(trace.latents)
             first = answer if prior is ncp else first
     assert all(torch.equal(a, b) for a, b in zip(first, answer))
+
+
+def two_levels(prior):
+    torch.manual_seed(0)
+    vae = ResnetHVAE(config("resnet"))
+    return WithPriors(vae, [RealNVP(4, 2, 8), None]) if prior else vae
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_two_levels_are_a_walk_that_trains_is_stored_and_carries_a_contrastive_prior(prior, tmp_path):
+    vae = two_levels(prior)
+    trace = check_trace(vae, vae.walk(from_posterior(), evidence=vae.encode(IMAGES)), 32)
+    assert torch.equal(trace.steps[1].context, trace.latents[0])
+    again = vae.walk(replay(trace.latents), n=32)
+    assert torch.equal(again.likelihood.mean, trace.likelihood.mean)
+    assert torch.equal(again.steps[1].prior.mean, trace.steps[1].prior.mean)
+    check_trace(vae, vae.walk(from_prior(), n=3), 3)
+    fit_vae(vae, IMAGES, **TWO)
+    (-elbo(vae, IMAGES).elbo.mean()).backward()
+    assert all(parameter.grad is not None for name, parameter in vae.named_parameters())
+    ratios = [MLPRatio(4, hidden=(8,)), MLPRatio(4, 4, hidden=(8,))]
+    ncp = fit_ncp(vae, IMAGES, ratios=ratios, **TWO).cpu()
+    stored = store.load(store.save(ncp, tmp_path / "ncp"))
+    samples = [one.sample(3, generator=torch.Generator().manual_seed(0)).latents for one in (ncp, stored)]
+    assert all(torch.equal(a, b) for a, b in zip(*samples))
+
+
+def test_both_vectors_reach_the_image_and_the_second_posterior_sees_the_first():
+    vae = two_levels(False).eval()
+    evidence = vae.encode(IMAGES)
+    z = [torch.randn(32, 4), torch.randn(32, 4)]
+    plain = vae.walk(replay(z), evidence=evidence)
+    for moved_group in (0, 1):
+        other = vae.walk(replay([part + (k == moved_group) for k, part in enumerate(z)]), evidence=evidence)
+        assert not torch.allclose(other.likelihood.mean, plain.likelihood.mean)
+        assert torch.equal(other.steps[1].posterior.mean, plain.steps[1].posterior.mean) is bool(moved_group)
+
+
+@pytest.mark.parametrize("wrong", [dict(kind="conv"), dict(kind="resnet", posterior_blocks=1)])
+def test_two_levels_are_residual_and_without_a_flow_of_the_posterior(wrong):
+    with pytest.raises(ValueError, match="ResnetHVAE: expected kind 'resnet' and posterior_blocks 0, got"):
+        ResnetHVAE(config(**wrong))
+
+
+def every_image(*shape):
+    "All binary images of a shape: [2^numbers, *shape]."
+    numbers = torch.Size(shape).numel()
+    return torch.tensor(list(product([0.0, 1.0], repeat=numbers))).view(-1, *shape)
+
+
+def pixel_law(rows, *shape):
+    "A law with rough weights, so that pixels do depend on each other."
+    net = _PixelNet(shape[0], 3).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return AutoregressiveBernoulli(net, torch.randn(rows, 3, *shape[1:]))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (2, 2, 2)])
+def test_the_masses_of_all_images_add_up_to_one(shape):
+    law, images = pixel_law(2, *shape), every_image(*shape)
+    masses = law.log_prob(images.unsqueeze(1).expand(-1, 2, *shape)).double().exp()
+    assert (masses.sum(0) - 1).abs().max() < 1e-5 and masses.max() > 2 * masses.mean()
+    assert torch.allclose(law.log_prob(images[:2]).double().exp(), masses[:2].diagonal(), rtol=1e-5)
+
+
+def test_no_pixel_is_seen_by_itself_or_by_one_before_it():
+    "For every pixel of an image within reach: the slope is zero exactly at it and behind it, and nowhere before it."
+    law = pixel_law(1, 1, 5, 6)
+    slopes = torch.autograd.functional.jacobian(lambda x: law._logits(x).flatten(), torch.rand(1, 1, 5, 6)).view(30, 30)
+    assert torch.equal(slopes != 0, torch.ones(30, 30, dtype=torch.bool).tril(-1))
+
+
+def test_draws_have_the_law_and_their_probabilities_its_mean():
+    "20,000 draws of 16 images; 16 frequencies within four standard errors, and so the four means."
+    law, images = pixel_law(1, 1, 2, 2), every_image(1, 2, 2)
+    masses = law.log_prob(images.unsqueeze(1)).exp()[:, 0]
+    codes = law.sample((20000,)).flatten(1) @ torch.tensor([8.0, 4, 2, 1])
+    counts = torch.bincount(codes.long(), minlength=16)
+    assert ((counts / 20000 - masses).abs() < 4 * (masses * (1 - masses) / 20000).sqrt() + 1e-4).all()
+    exact = (masses[:, None] * images.flatten(1)).sum(0)
+    many = AutoregressiveBernoulli(law.net, law.maps.expand(20000, -1, -1, -1))
+    means = many.mean.flatten(1)
+    assert ((means.mean(0) - exact).abs() < 4 * means.std(0) / 20000**0.5 + 1e-6).all()
+    assert means.std(0)[0] < 1e-6 < means.std(0)[1]                 # nothing comes before the first pixel
+
+
+def test_a_draw_from_rows_within_reach_is_that_of_the_whole_image():
+    law = pixel_law(2, 1, 12, 3)
+    torch.manual_seed(5)
+    drawn = law.sample()
+    torch.manual_seed(5)
+    x = torch.zeros(2, 1, 12, 3)
+    for i, j in product(range(12), range(3)):
+        x[..., i, j] = law._logits(x)[..., i, j].sigmoid().bernoulli()
+    assert torch.equal(drawn, x) and 0 < drawn.mean() < 1
+
+
+def test_dropout_is_that_of_the_walk():
+    "A bound without gradients is of the model in eval mode, also where it is in training mode; a walk in training mode has dropout."
+    vae = model("pixel")
+    assert elbo(vae.eval(), IMAGES, torch.Generator().manual_seed(0)).reconstruction.requires_grad
+    with torch.no_grad():
+        quiet = elbo(vae, IMAGES, torch.Generator().manual_seed(0)).elbo
+        with pytest.warns(UserWarning, match="dropout was in training mode"):
+            again = elbo(vae.train(), IMAGES, torch.Generator().manual_seed(0)).elbo
+    assert torch.equal(quiet, again) and vae.pixels.training
+    law = vae.likelihood(torch.zeros(32, 4))
+    vae.eval()
+    assert not torch.equal(law.log_prob(IMAGES), law.log_prob(IMAGES)) and not vae.pixels.training
 
 
 def test_both_flows_are_stored_together(tmp_path):
