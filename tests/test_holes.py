@@ -152,7 +152,7 @@ def test_a_draw_is_scored_without_the_image_that_it_came_from(monkeypatch):
     wanted = table.scatter(1, out[:, None], -math.inf).logsumexp(1)
     monkeypatch.setattr(holes, "_PIECE", 5)
     monkeypatch.setattr(holes, "_ELEMENTS", 40)
-    found = holes._log_sum_of_densities(AggregatePosterior(spread(2), x).posteriors, z, out)
+    found = holes.log_sum_of_densities(AggregatePosterior(spread(2), x).posteriors, z, out)
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
