@@ -101,6 +101,16 @@ def test_frozen(command, tmp_path):
     assert {"nll_base", "gain_realnvp", "gain_matching", "over_own_ncp_joint", "distance_staged", "train_seconds_gmm1"} <= metrics.keys()
 
 
+def test_flows(command, tmp_path):
+    "Every variant of the dense net."
+    write_fashion_mnist(tmp_path / "data", 300)
+    command("ncp-vae", *full("flows", tmp_path / "run", data_root=tmp_path / "data", epochs=1, flow_epochs=2, iterations=2, hidden=16, blocks=2,
+                             validation_images=32, test_images=20, num_samples=2))
+    params, metrics = result(tmp_path / "run", "flows")
+    assert params["latent_dim"] == 64 and metrics["nll_joint"]["n"] == 20
+    assert {"gain_posterior", "gain_both", "gain_posthoc", "gain_iterative", "kl_z|x_joint", "au_standard"} <= metrics.keys()
+
+
 def test_rae(command, weights, tmp_path):
     "Until the reconstructions were scored with 2,048 features of 20 images. A mixture of one Gaussian, for which 128 images are enough."
     write_celeba(tmp_path / "data", 130, 20)
