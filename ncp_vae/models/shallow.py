@@ -122,6 +122,7 @@ def _features(config: ShallowConfig) -> int:
     "How many numbers the encoder makes of an image."
     return config.scaled(500) if config.kind == "dense" else config.map_shape.numel()
 
+# %% ../../nbs/models/shallow.ipynb #7e46021d
 def _decoder(config: ShallowConfig, latent_dim: int) -> nn.Sequential:
     "z: [B, latent_dim] -> logits [B, *image_shape]; of the pixel kind maps [B, 32, H, W] at width 1."
     if config.kind == "dense":
