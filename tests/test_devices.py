@@ -15,7 +15,7 @@ from elsewhere import THERE, elsewhere, waits
 from exact import rng
 from torch.utils._pytree import tree_leaves
 
-from ncp_vae import chains, hierarchy, holes, nce, prior, resampling, sampling
+from ncp_vae import chains, hierarchy, holes, nce, overlap, prior, resampling, sampling
 from ncp_vae.bound import elbo, iwae
 from ncp_vae.engine.evaluate import block_mmd2, compare
 from ncp_vae.engine.features import FeatureNet, feature_distance, precision_recall
@@ -223,6 +223,9 @@ MEASURES = {
     "MMD in blocks": of_draws(block_mmd2),
     "p-value of MMD": of_draws(lambda a, b: holes.mmd_p_value(a, b, 9, generator=rng())),
     "a classifier": of_draws(lambda a, b: holes.c2st(a, b, rng())),
+    "closest pairs": hole(lambda q, z: overlap.closest_pairs(q)), "active units": hole(lambda q, z: overlap.active_units(q)),
+    "weights of the best decoder": hole(overlap.decoder_weights), "four terms": lambda vae, x: overlap.four_terms(vae, x, 2, generator=rng()),
+    "KL of the aggregate": hole(lambda q, z: overlap.marginal_kl(q, 1, generator=rng())),
     "neighbours": of_draws(lambda a, b: nearest(a, b, 2)), "precision": of_draws(precision_recall),
 }
 
