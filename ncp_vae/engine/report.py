@@ -22,7 +22,7 @@ from .experiment import read_json, read_record, state_of
 from .parameters import find_experiment, notebooks, params_for
 from ..measured import Measured
 
-# %% ../../nbs/engine/report.ipynb #89049648
+# %% ../../nbs/engine/report.ipynb #0c957993
 _OLD = "†"
 
 def _dated(metric: Measured, ended: datetime) -> Measured:
@@ -152,7 +152,7 @@ def _cell(number: Measured, unit: str = "") -> str:
     shown = f"{number.short(' ± ')}{unit or _OLD * number.unit.endswith(_OLD)}"
     return shown + (f" (n\u00a0=\u00a0{number.n:,})" if number.n else "")
 
-# %% ../../nbs/engine/report.ipynb #f8517040
+# %% ../../nbs/engine/report.ipynb #521e789a
 def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
     "What else was measured, and under both priors: title -> (text, whether ours is better)."
     found = {paper.MEASURES[name][0]: (_cell(number), "") for name in claim.also
@@ -224,7 +224,7 @@ def columns(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
-# %% ../../nbs/engine/report.ipynb #706c6a47
+# %% ../../nbs/engine/report.ipynb #4ec94b24
 _COLUMNS = {"nll": "NLL [nats]", "gain": "gain [nats]", "distance": "distance",
             "lower_by": "nearer than the base by", "told_apart": "told apart", "mmd2": "MMD² of latents",
             "train_seconds": "s to train", "seconds": "ms a sample", "parameters": "parameters"}
@@ -249,7 +249,7 @@ def _of_seeds(family: list, name: str) -> str:
     mean, spread = _over_seeds(found)
     return mean.short(" ± ") + (f", seeds ± {spread:.2g}" if spread else "")
 
-# %% ../../nbs/engine/report.ipynb #10c2aaeb
+# %% ../../nbs/engine/report.ipynb #e084b487
 def _priors_of(family: list) -> list[str]:
     "The names under which a comparison recorded a likelihood and, but for the base, a gain."
     names = [name.removeprefix("nll_") for name in family[0].metrics if name.startswith("nll_")]
@@ -268,7 +268,7 @@ def _priors(runs: list) -> str:
         parts += [f"**{_about(family[0], 'model')}, on {_label(family)}.**", _table(["prior", *heads], lines)]
     return "\n\n".join(parts) or "No run."
 
-# %% ../../nbs/engine/report.ipynb #e76e63e7
+# %% ../../nbs/engine/report.ipynb #83da128f
 def _leader(family: list, what: str) -> str:
     "The prior with the largest mean of a number, how large, and how far it is ahead of the next."
     found = {name: [run.metrics[key] for run in family] for name in _priors_of(family)
@@ -308,7 +308,7 @@ def _items(names: list[str]) -> str:
         found.setdefault(kind, []).append(number)
     return "; ".join(f"{kind} {_ranges(numbers)}" for kind, numbers in found.items())
 
-# %% ../../nbs/engine/report.ipynb #0144a996
+# %% ../../nbs/engine/report.ipynb #92adf913
 def _said(row: SimpleNamespace) -> str:
     "A row's gain, and on which data."
     return f"{row.gain.short(' ± ')} {row.gain.unit} on {_label(row.family)}"
@@ -391,7 +391,8 @@ def _not_run(runs: list) -> str:
             lines.append([_items(names), asked["needs"] + done, f"`{command}`"])
     unmade = _items([name for name, item in paper.ITEMS.items() if not item.experiments])
     lines.append([unmade, "a notebook that makes them: there is none", ""])
-    return _table(["for", "needs", "command"], lines)
+    return ("Where a parameter has several values, a run is meant for each of them.\n\n"
+            + _table(["for", "needs", "command"], lines))
 
 # %% ../../nbs/engine/report.ipynb #e8822711
 def _pictures(runs: list, results: str) -> str:
@@ -433,15 +434,16 @@ _MADE = "<!-- Made by `ncp-vae report` from results/ and the papers' numbers: ch
 _READING = """\
 Other data and smaller nets than the paper's: they can show that an effect is there, and say nothing about
 the paper's numbers. ± is one standard error of one seed. Gains are paired, by image or by the blocks of the
-real images, except Table 6's, which are differences of two shares. *Seeds* is the deviation between seeds,
-which that error does not hold. *Seen* wants 2.5 of the larger of the two, *soft* is 2 to 2.5, ≈ is within
-2; a fraction without ± is judged as one of n independent draws. *In the paper* is what is printed of the
-same kind of model and data, after the paper's own training. A *bound* lies on its side of the true value
-by proof, in expectation; an *estimate* hangs on log Z, whose error is in it. *Feature distance* is the
-Fréchet distance on features of a classifier that this project trains, whitened, *raw feature distance* the
-same as they are: neither is a FID, they must not be mixed, and a distance compares with nothing outside its
-row, since it depends on the number of images, n. *Doubts*: a k-hat above its threshold, and log mean ratios
-(log Z is one) that are known to no better than 0.1 nats. † is by a measure that was put right since:"""
+real images, except Table 6's, which are differences of two shares, and that of a prior over a posterior,
+which is one of two gains. *Seeds* is the deviation between seeds, which that error does not hold. *Seen*
+wants 2.5 of the larger of the two, *soft* is 2 to 2.5, ≈ is within 2; a fraction without ± is judged as one
+of n independent draws. *In the paper* is what is printed of the same kind of model and data, after the
+paper's own training. A *bound* lies on its side of the true value by proof, in expectation; an *estimate*
+hangs on log Z, whose error is in it. *Feature distance* is the Fréchet distance on features of a classifier
+that this project trains, whitened, *raw feature distance* the same as they are: neither is a FID, they must
+not be mixed, and a distance compares with nothing outside its row, since it depends on the number of images,
+n. *Doubts*: a k-hat above its threshold, and log mean ratios (log Z is one) that are known to no better than
+0.1 nats. † is by a measure that was put right since:"""
 
 # %% ../../nbs/engine/report.ipynb #497cdece
 def _circumstances(runs: list, others: list[list[str]], results: str) -> str:
