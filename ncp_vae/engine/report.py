@@ -229,21 +229,15 @@ _COLUMNS = {"nll": "NLL [nats]", "gain": "gain [nats]", "distance": "distance",
             "lower_by": "nearer than the base by", "told_apart": "told apart", "mmd2": "MMD² of latents",
             "train_seconds": "s to train", "seconds": "ms a sample", "parameters": "parameters"}
 
-def _in_milliseconds(name: str, metric: Measured) -> Measured:
-    "The seconds that a sample takes, in ms; every other number as it is."
-    if not name.startswith("seconds_"):
-        return metric
-    return replace(metric, value=1000 * metric.value, std_error=metric.std_error and 1000 * metric.std_error)
-
 def _frozen(runs: list) -> list[list[SimpleNamespace]]:
     "The families of runs that compare priors on one frozen VAE."
-    mine = [run for run in runs if run.experiment == "frozen"]
-    return _families([SimpleNamespace(**{**vars(run), "metrics": {
-        name: _in_milliseconds(name, metric) for name, metric in run.metrics.items()}}) for run in mine])
+    return _families([run for run in runs if run.experiment == "frozen"])
 
 def _of_seeds(family: list, name: str) -> str:
-    "A number's mean over seeds with one seed's error, and the deviation between seeds."
-    found = [run.metrics[name] for run in family if name in run.metrics]
+    "A number's mean over seeds with one seed's error, and the deviation between seeds; of a sample in ms."
+    times = 1000 if name.startswith("seconds_") else 1
+    found = [replace(one, value=times * one.value, std_error=one.std_error and times * one.std_error)
+             for run in family if (one := run.metrics.get(name))]
     if not found:
         return ""
     mean, spread = _over_seeds(found)
