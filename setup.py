@@ -24,7 +24,7 @@ setup(
     # the run notebooks travel as ncp_vae/runs; the paper's numbers lie beside the module that reads them
     packages=[*find_packages(include=["ncp_vae", "ncp_vae.*"]), "ncp_vae.runs"],
     package_dir={"ncp_vae.runs": "nbs/runs"},
-    package_data={"ncp_vae.runs": ["*.ipynb", "*.yaml"], "ncp_vae.engine": ["paper.json"]},
+    package_data={"ncp_vae.runs": ["*.ipynb", "*.yaml"], "ncp_vae.engine": ["*.json"]},
     python_requires=f">={settings['min_python']},<3.14",
     install_requires=settings["requirements"].split(),
     extras_require={

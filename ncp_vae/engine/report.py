@@ -11,6 +11,7 @@ import re
 import shlex
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from itertools import groupby
 from math import hypot, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,15 +22,25 @@ from .experiment import read_json, read_record, state_of
 from .parameters import find_experiment, notebooks, params_for
 from ..measured import Measured
 
+# %% ../../nbs/engine/report.ipynb #0c957993
+_OLD = "†"
+
+def _dated(metric: Measured, ended: datetime) -> Measured:
+    "The number; with a † behind its unit where its measure was put right after the run had ended."
+    since, _ = paper.PUT_RIGHT.get(metric.unit, ("", ""))
+    return replace(metric, unit=metric.unit + _OLD) if ended.isoformat() < since else metric
+
 # %% ../../nbs/engine/report.ipynb #d74ee9b0
 def _read(folder: Path, name: str) -> SimpleNamespace:
     "The record of a run with its `name`, `day`, `attempt` and `figures`; ValueError where it is no result."
     status = read_json(folder / "status.json")
     if state_of(folder) != "succeeded":
         raise ValueError("it did not succeed")
-    return SimpleNamespace(**read_record(folder), name=name, attempt=status["attempt"],
-                           day=str(datetime.fromtimestamp(status["ended"], timezone.utc).date()),
-                           executed=(folder / "notebook.ipynb").is_file(),
+    ended = datetime.fromtimestamp(status["ended"], timezone.utc)
+    record = read_record(folder)
+    metrics = {key: _dated(metric, ended) for key, metric in record["metrics"].items()}
+    return SimpleNamespace(**{**record, "metrics": metrics}, name=name, attempt=status["attempt"],
+                           day=str(ended.date()), executed=(folder / "notebook.ipynb").is_file(),
                            figures={path.stem for path in folder.glob("figures/*.png")})
 
 def read_results(folder: str | Path) -> tuple[list[SimpleNamespace], list[list[str]]]:
@@ -52,7 +63,9 @@ def _typed(experiment: str, preset: str, params: dict, out: str = "") -> str:
     "What one types to run an experiment so."
     words = ["ncp-vae", "run", experiment, *(["--preset", preset] if preset != "smoke" else [])]
     for name, value in params.items():
-        words += ["-p", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+        values = value if isinstance(value, list) else [value]
+        texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+        words += ["-p", f"{name}={','.join(texts)}"]
     return shlex.join([*words, *(["--out", out] if out else [])])
 
 def _command_of(run: SimpleNamespace) -> str:
@@ -67,11 +80,12 @@ _PLACES = {"seed", "data_root", "inception", "parts"}
 
 def _made_by(asked: dict, runs: list) -> list[str]:
     "The names of the runs that did what an experiment of the paper asks for."
-    if asked["experiment"] not in notebooks():
+    mine = [run for run in runs if run.experiment == asked["experiment"]]
+    if not mine or asked["experiment"] not in notebooks():
         return []
     wanted = params_for(find_experiment(asked["experiment"]), asked["preset"], asked["params"])
-    return [run.name for run in runs if run.experiment == asked["experiment"]
-            and {name for name, value in wanted.items() if run.params.get(name) != value} <= _PLACES
+    return [run.name for run in mine
+            if {name for name, value in wanted.items() if run.params.get(name) != value} <= _PLACES
             and bool(run.params.get("inception")) == bool(wanted.get("inception"))
             and not str(run.commit).endswith("-dirty")]
 
@@ -121,19 +135,24 @@ def _doubts(run: SimpleNamespace) -> list[str]:
 _MARKS = {"yes": "", "soft: yes": " (soft)", "no: within its error": " (≈)", "no: worse": " (**worse**)",
           "soft: no: worse": " (**worse**, soft)", "its error is not known": " (error not known)"}
 
+def _over_seeds(found: list[Measured]) -> tuple[Measured, float]:
+    "The mean over seeds, with one seed's error, and the deviation between seeds, 0 of one."
+    errors = [metric.std_error for metric in found]
+    mean = replace(found[0], value=fmean(metric.value for metric in found),
+                   std_error=None if None in errors else sqrt(fmean(error**2 for error in errors)))
+    return mean, stdev(metric.value for metric in found) if found[1:] else 0.0
+
 def _mean(family: list, name: str) -> Measured | None:
     "The mean of a metric over seeds, with one seed's error; None where it is not recorded."
     found = [run.metrics[name] for run in family if name in run.metrics]
-    if not found:
-        return None
-    errors = [metric.std_error for metric in found]
-    return replace(found[0], value=fmean(metric.value for metric in found),
-                   std_error=None if None in errors else sqrt(fmean(error**2 for error in errors)))
+    return _over_seeds(found)[0] if found else None
 
 def _cell(number: Measured, unit: str = "") -> str:
-    "A number with its error and n, for a table."
-    return f"{number.short(' ± ')}{unit}" + (f" (n\u00a0=\u00a0{number.n:,})" if number.n else "")
+    "A number with its error, its n, and a † where its measure was put right later, for a table."
+    shown = f"{number.short(' ± ')}{unit or _OLD * number.unit.endswith(_OLD)}"
+    return shown + (f" (n\u00a0=\u00a0{number.n:,})" if number.n else "")
 
+# %% ../../nbs/engine/report.ipynb #521e789a
 def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
     "What else was measured, and under both priors: title -> (text, whether ours is better)."
     found = {paper.MEASURES[name][0]: (_cell(number), "") for name in claim.also
@@ -148,21 +167,30 @@ def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
     return found
 
 # %% ../../nbs/engine/report.ipynb #5b0fd103
+def _gain(claim: SimpleNamespace, names: list[str], run: SimpleNamespace) -> Measured | None:
+    "The gain that a run recorded, or by how much it is larger than another; else the two sides' difference."
+    recorded = [run.metrics.get(name) for name in (claim.gain, claim.than) if name]
+    if recorded and None not in recorded:
+        return _difference(*recorded) if claim.than else recorded[0]
+    sides = [run.metrics[name] for name in names if name in run.metrics]
+    return _difference(*sides) if len(sides) == 2 else None
+
 def _row(claim: SimpleNamespace, family: list, own: bool) -> SimpleNamespace | None:
     "What runs that differ by their seed say to a claim; None where they say nothing."
     names = [name for name in [claim.base, *claim.ours] if name in family[0].metrics][:2]
-    gains = [run.metrics.get(claim.gain) or _difference(*map(run.metrics.get, names)) for run in family
-             if claim.gain in run.metrics or len(names) == 2 and set(names) <= set(run.metrics)]
+    gains = [gain for run in family if (gain := _gain(claim, names, run))]
     if not gains:
         return None
-    spread = stdev(gain.value for gain in gains) if len(gains) > 1 else 0.0
-    gain = _mean([SimpleNamespace(metrics={"gain": one}) for one in gains], "gain")
+    gain, spread = _over_seeds(gains)
+    published = [f"{family[0].metrics[name].paper:g}" for name in names
+                 if family[0].metrics[name].paper is not None]
+    beside = {"in the paper": (" → ".join(published), "")} if len(published) == 2 else {}
     inside = family[0].params.get("seeds", 1)      # seeds whose spread is in the error
     seeds = f"{inside} seeds, in the error" if inside > 1 else "one seed"
     return SimpleNamespace(claim=claim, family=family, own=own, gain=gain, answer=_answer(gain, spread),
                            sides=" → ".join(_mean(family, name).short(" ± ") for name in names),
                            seeds=f"± {spread:.2g} over {len(gains)} seeds" if spread else seeds,
-                           more=_more(claim, family))
+                           more={**beside, **_more(claim, family)})
 
 # %% ../../nbs/engine/report.ipynb #5c915f71
 def _families(runs: list) -> list[list[SimpleNamespace]]:
@@ -183,13 +211,98 @@ def _rows(runs: list) -> list[SimpleNamespace]:
                  if (row := _row(claim, family, family[0].name in made))]
     return rows
 
-# %% ../../nbs/engine/report.ipynb #2c3a7e73
-def _items(names: list[str]) -> str:
-    "['Table 1', 'Table 2', 'Figure 4'] -> 'Table 1, 2; Figure 4'."
-    found = {kind: [name.split()[1] for name in names if name.startswith(kind)]
-             for kind in ("Table", "Figure")}
-    return "; ".join(f"{kind} {', '.join(numbers)}" for kind, numbers in found.items() if numbers)
+# %% ../../nbs/engine/report.ipynb #017cba2d
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    "A Markdown table, whose numbers stay with their errors."
+    lines = [[cell.replace("|", "\\|").replace(" ± ", "\u00a0±\u00a0") for cell in line]
+             for line in [head, ["---"] * len(head), *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+# %% ../../nbs/engine/report.ipynb #64d1dfa3
+def columns(rows: list[list[str]]) -> str:
+    "Rows of text, aligned."
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+# %% ../../nbs/engine/report.ipynb #4ec94b24
+_COLUMNS = {"nll": "NLL [nats]", "gain": "gain [nats]", "distance": "distance",
+            "lower_by": "nearer than the base by", "told_apart": "told apart", "mmd2": "MMD² of latents",
+            "train_seconds": "s to train", "seconds": "ms a sample", "parameters": "parameters"}
+
+def _frozen(runs: list) -> list[list[SimpleNamespace]]:
+    "The families of runs that compare priors on one frozen VAE."
+    return _families([run for run in runs if run.experiment == "frozen"])
+
+def _of_seeds(family: list, name: str) -> str:
+    "A number's mean over seeds with one seed's error, and the deviation between seeds; of a sample in ms."
+    times = 1000 if name.startswith("seconds_") else 1
+    found = [replace(one, value=times * one.value, std_error=one.std_error and times * one.std_error)
+             for run in family if (one := run.metrics.get(name))]
+    if not found:
+        return ""
+    mean, spread = _over_seeds(found)
+    return mean.short(" ± ") + (f", seeds ± {spread:.2g}" if spread else "")
+
+# %% ../../nbs/engine/report.ipynb #e084b487
+def _priors_of(family: list) -> list[str]:
+    "The names under which a comparison recorded a likelihood and, but for the base, a gain."
+    names = [name.removeprefix("nll_") for name in family[0].metrics if name.startswith("nll_")]
+    return [name for name in names if name == "base" or f"gain_{name}" in family[0].metrics]
+
+def _priors(runs: list) -> str:
+    "For each frozen VAE a table of the priors on it: their likelihood, their samples, their costs."
+    parts = []
+    for family in _frozen(runs):
+        names = _priors_of(family)
+        found = {what: [_mean(family, f"{what}_{name}") for name in names] for what in _COLUMNS}
+        heads = [title + next((f" (n = {one.n:,})" for one in found[what] if one and one.n), "")
+                 for what, title in _COLUMNS.items()]
+        lines = [[paper.PRIORS.get(name, name), *(_of_seeds(family, f"{what}_{name}") for what in _COLUMNS)]
+                 for name in names]
+        parts += [f"**{_about(family[0], 'model')}, on {_label(family)}.**", _table(["prior", *heads], lines)]
+    return "\n\n".join(parts) or "No run."
+
+# %% ../../nbs/engine/report.ipynb #83da128f
+def _leader(family: list, what: str) -> str:
+    "The prior with the largest mean of a number, how large, and how far it is ahead of the next."
+    found = {name: [run.metrics[key] for run in family] for name in _priors_of(family)
+             if all((key := f"{what}_{name}") in run.metrics for run in family)}
+    first, *rest = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=True) or [""]
+    if not first or _over_seeds(found[first])[0].value <= 0:
+        return "the base"
+    text = (f"{paper.PRIORS.get(first, first)}, by {_of_seeds(family, f'{what}_{first}')} "
+            f"{found[first][0].unit}")
+    for second in rest[:1]:
+        lead, spread = _over_seeds(list(map(_difference, found[first], found[second])))
+        text += (f", {lead.short(' ± ')}{_MARKS[_answer(lead, spread)]} ahead of "
+                 f"{paper.PRIORS.get(second, second)}")
+    return text
+
+def _leaders(family: list) -> str:
+    "The verdict on a comparison of priors: which has the best likelihood, and which the lowest distance."
+    return (f"- **Priors on one frozen VAE,** a comparison of ours, on {_label(family)}: the best likelihood "
+            f"has {_leader(family, 'gain')}; the lowest distance has {_leader(family, 'lower_by')}.")
+
+# %% ../../nbs/engine/report.ipynb #2c3a7e73
+def _ranges(numbers: list[str]) -> str:
+    "['1', '2', '3', '5', 'B.1', 'B.2'] -> '1 to 3, 5, B.1, B.2'."
+    def row(numbered):
+        "The same for numbers that follow one another."
+        at, number = numbered
+        head, _, last = number.rpartition(".")
+        return head, int(last) - at
+    parts = [[number for _, number in part] for _, part in groupby(enumerate(numbers), row)]
+    return ", ".join(f"{part[0]} to {part[-1]}" if part[2:] else ", ".join(part) for part in parts)
+
+def _items(names: list[str]) -> str:
+    "['Table 1', 'Table 2', 'RealNVP Figure B.4'] -> 'Table 1, 2; RealNVP Figure B.4'."
+    found = {}
+    for name in names:
+        kind, _, number = name.rpartition(" ")
+        found.setdefault(kind, []).append(number)
+    return "; ".join(f"{kind} {_ranges(numbers)}" for kind, numbers in found.items())
+
+# %% ../../nbs/engine/report.ipynb #92adf913
 def _said(row: SimpleNamespace) -> str:
     "A row's gain, and on which data."
     return f"{row.gain.short(' ± ')} {row.gain.unit} on {_label(row.family)}"
@@ -213,32 +326,20 @@ def _verdict(rows: list, runs: list) -> str:
                    if (found := [row for row in rows if row.claim is claim and row.own == own])]
              for own in (True, False)}
     missing = [item.name for item in paper.ITEMS.values()
-               if not all(_made_by(asked, runs) for asked in item.experiments)]
+               if not item.experiments or not all(_made_by(asked, runs) for asked in item.experiments)]
     worse = dict.fromkeys(
         f"{title.partition(',')[0]} {shown.partition(' (')[0]} on {_label(row.family)}"
         for row in rows for title, (shown, answer) in row.more.items() if "worse" in answer)
     doubted = dict.fromkeys(f"`{run.name}`" for row in rows for run in row.family if _doubts(run))
     return "\n".join([
-        *(lines[True] or ["- **Nothing was reproduced:** none of the paper's own experiments was run."]),
-        *["- **Never run,** so neither reproduced nor refuted: the paper's own experiments for "
+        *(lines[True] or ["- **Nothing was reproduced:** none of the papers' own experiments was run."]),
+        *["- **Never run,** so neither reproduced nor refuted: the papers' own experiments for "
           f"{_items(missing)}. What each needs stands under *Not run*. The lines that follow are about other "
           "data and smaller nets: they say whether an effect is there."] * bool(missing),
         *lines[False],
+        *(_leaders(family) for family in _frozen(runs)),
         *[f"- **Worse under the NCP:** {'; '.join(worse)}."] * bool(worse),
         *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)])
-
-# %% ../../nbs/engine/report.ipynb #017cba2d
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    "A Markdown table, whose numbers stay with their errors."
-    lines = [[cell.replace("|", "\\|").replace(" ± ", "\u00a0±\u00a0") for cell in line]
-             for line in [head, ["---"] * len(head), *rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-# %% ../../nbs/engine/report.ipynb #64d1dfa3
-def columns(rows: list[list[str]]) -> str:
-    "Rows of text, aligned."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 # %% ../../nbs/engine/report.ipynb #c35de6c7
 def _claim_tables(rows: list) -> str:
@@ -272,12 +373,20 @@ def _samplers(runs: list) -> str:
 
 # %% ../../nbs/engine/report.ipynb #a0c0038b
 def _not_run(runs: list) -> str:
-    "The paper's experiments that no run made: for which items, what they need, and the command."
-    lines = [[_items([name for name, item in paper.ITEMS.items() if asked in item.experiments]),
-              asked["needs"],
-              f"`{_typed(asked['experiment'], asked['preset'], asked['params'], asked.get('out', ''))}`"]
-             for asked in paper.EXPERIMENTS.values() if not _made_by(asked, runs)]
-    return _table(["for", "needs", "command"], lines)
+    "The papers' experiments that no run made: for which items, what they need, and the command."
+    lines = []
+    for asked in paper.EXPERIMENTS.values():
+        choices = paper.each(asked)
+        made = sum(bool(_made_by(one, runs)) for one in choices)
+        if made < len(choices):
+            command = _typed(asked["experiment"], asked["preset"], asked["params"], asked.get("out", ""))
+            names = [name for name, item in paper.ITEMS.items() if choices[0] in item.experiments]
+            done = f"; {made} of {len(choices)} were run" if made else ""
+            lines.append([_items(names), asked["needs"] + done, f"`{command}`"])
+    unmade = _items([name for name, item in paper.ITEMS.items() if not item.experiments])
+    lines.append([unmade, "a notebook that makes them: there is none", ""])
+    return ("Where a parameter has several values, a run is meant for each of them.\n\n"
+            + _table(["for", "needs", "command"], lines))
 
 # %% ../../nbs/engine/report.ipynb #e8822711
 def _pictures(runs: list, results: str) -> str:
@@ -314,19 +423,21 @@ def _facts(run: SimpleNamespace, results: str) -> str:
     return f"**`{run.name}`** {'; '.join(words)}.\n\n```sh\n{_command_of(run)}\n```"
 
 # %% ../../nbs/engine/report.ipynb #3f6d6284
-_MADE = "<!-- Made by `ncp-vae report` from results/ and the paper's numbers: change nothing here. -->"
+_MADE = "<!-- Made by `ncp-vae report` from results/ and the papers' numbers: change nothing here. -->"
 
 _READING = """\
 Other data and smaller nets than the paper's: they can show that an effect is there, and say nothing about
 the paper's numbers. ± is one standard error of one seed. Gains are paired, by image or by the blocks of the
-real images, except Table 6's, which are differences of two shares. *Seeds* is the deviation between seeds,
-which that error does not hold. *Seen* wants 2.5 of the larger of the two, *soft* is 2 to 2.5, ≈ is within
-2. A *bound* lies on its side of the true value by proof, in expectation; an *estimate* hangs on log Z,
-whose error is in it. *Feature distance* is the Fréchet distance on features of
-a classifier that this project trains, whitened, *raw feature distance* the same as they are: neither is a
-FID, they must not be mixed, and a distance compares with nothing outside its row, since it depends on the
-number of images, n. *Doubts*: a k-hat above its threshold, and log mean ratios (log Z is one) that are
-known to no better than 0.1 nats."""
+real images, except Table 6's, which are differences of two shares, and that of a prior over a posterior,
+which is one of two gains. *Seeds* is the deviation between seeds, which that error does not hold. *Seen*
+wants 2.5 of the larger of the two, *soft* is 2 to 2.5, ≈ is within 2; a fraction without ± is judged as one
+of n independent draws. *In the paper* is what is printed of the same kind of model and data, after the
+paper's own training. A *bound* lies on its side of the true value by proof, in expectation; an *estimate*
+hangs on log Z, whose error is in it. *Feature distance* is the Fréchet distance on features of a classifier
+that this project trains, whitened, *raw feature distance* the same as they are: neither is a FID, they must
+not be mixed, and a distance compares with nothing outside its row, since it depends on the number of images,
+n. *Doubts*: a k-hat above its threshold, and log mean ratios (log Z is one) that are known to no better than
+0.1 nats. † is by a measure that was put right since:"""
 
 # %% ../../nbs/engine/report.ipynb #497cdece
 def _circumstances(runs: list, others: list[list[str]], results: str) -> str:
@@ -340,9 +451,12 @@ def _circumstances(runs: list, others: list[list[str]], results: str) -> str:
 def sections(runs: list, others: list[list[str]], results: str = "results") -> dict[str, str]:
     "The parts of the results page by their titles; results: the way from the page to the runs' folder."
     rows = _rows(runs)
+    old = "; ".join(f"{what} (until {since[:10]})" for since, what in paper.PUT_RIGHT.values())
     return {"Verdict": _verdict(rows, runs),
-            "The paper's own experiments": _claim_tables([row for row in rows if row.own]),
-            "Stand-ins": f"{_READING}\n\n{_claim_tables([row for row in rows if not row.own])}",
+            "The papers": "\n".join(f"- {called}: {source}." for called, source in paper.SOURCES.items()),
+            "The papers' own experiments": _claim_tables([row for row in rows if row.own]),
+            "Stand-ins": f"{_READING}\n{old}.\n\n{_claim_tables([row for row in rows if not row.own])}",
+            "Priors on one frozen VAE": _priors(runs),
             "What proposals and steps buy": _samplers(runs),
             "Not run": _not_run(runs),
             "Pictures": _pictures(runs, results),
@@ -351,8 +465,8 @@ def sections(runs: list, others: list[list[str]], results: str = "results") -> d
 # %% ../../nbs/engine/report.ipynb #262be53e
 def results_page(folder: str | Path) -> str:
     "The text of RESULTS.md, from the runs in a folder; ValueError where there is none."
-    head = (f"{_MADE}\n\n# Results\n\nOf the paper: {paper.SOURCE}. The same as a notebook: "
-            "[nbs/results.ipynb](nbs/results.ipynb); the records: [results](results/README.md).")
+    head = (f"{_MADE}\n\n# Results\n\nThe same as a notebook: [nbs/results.ipynb](nbs/results.ipynb); "
+            "the records: [results](results/README.md).")
     parts = [f"## {title}\n\n{text}" for title, text in sections(*read_results(folder)).items()]
     return "\n\n".join([head, *parts]) + "\n"
 
