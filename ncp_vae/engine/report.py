@@ -39,7 +39,7 @@ def _read(folder: Path, name: str) -> SimpleNamespace:
     ended = datetime.fromtimestamp(status["ended"], timezone.utc)
     record = read_record(folder)
     metrics = {key: _dated(metric, ended) for key, metric in record["metrics"].items()}
-    return SimpleNamespace(**{**record, "metrics": metrics}, name=name, attempt=status["attempt"],
+    return SimpleNamespace(**{"earlier_commits": [], **record, "metrics": metrics}, name=name, attempt=status["attempt"],
                            day=str(ended.date()), executed=(folder / "notebook.ipynb").is_file(),
                            figures={path.stem for path in folder.glob("figures/*.png")})
 
@@ -162,7 +162,9 @@ def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
         old, new = (_mean(family, one) for one in names[name])
         if old and new and names[name][0] != claim.base:
             answer = _answer(_difference(new, old) if better == "higher" else _difference(old, new))
-            text = f"{old.short(' ± ')} → {_cell(new)}{_MARKS[answer]}"
+            floor = _mean(family, f"{name}_reconstruction")
+            beside = f", reconstructions {floor.short(' ± ')}" if floor else ""
+            text = f"{old.short(' ± ')} → {_cell(new)}{beside}{_MARKS[answer]}"
             found[f"{title}, {better} is better"] = text, answer
     return found
 
@@ -403,10 +405,12 @@ def _pictures(runs: list, results: str) -> str:
 def _trained(run: SimpleNamespace) -> str:
     "When, at which commit and in which time a run was trained and scored, as far as its record knows."
     commit = re.sub("([0-9a-f]{7})[0-9a-f]{33}", r"\1", run.commit or "unknown")
+    earlier = "".join(f"begun at commit {one[:7]}, " for one in run.earlier_commits) or (
+        "the training's commit is not recorded, ")
     scored = f"scored at commit {commit} on {run.day}, in {timedelta(seconds=round(run.seconds))}"
     return f"trained and {scored}" if run.attempt == 1 else (
-        f"attempt {run.attempt}, which went on from an earlier one: re-scored or resumed, and {scored}; the "
-        "training's commit and time are not recorded")
+        f"attempt {run.attempt}, which went on from an earlier one: re-scored or resumed, and {scored}; "
+        f"{earlier}the training's time is not recorded")
 
 def _facts(run: SimpleNamespace, results: str) -> str:
     "One paragraph: model, data, seeds, hardware, time, day, commit and the command."
@@ -437,7 +441,8 @@ hangs on log Z, whose error is in it. *Feature distance* is the Fréchet distanc
 that this project trains, whitened, *raw feature distance* the same as they are: neither is a FID, they must
 not be mixed, and a distance compares with nothing outside its row, since it depends on the number of images,
 n. *Doubts*: a k-hat above its threshold, and log mean ratios (log Z is one) that are known to no better than
-0.1 nats. † is by a measure that was put right since:"""
+0.1 nats. A recall above that of the reconstructions is no merit: samples that lie far apart have large balls,
+which cover real images (*features*, "two ways to be wrong"). † is by a measure that was put right since:"""
 
 # %% ../../nbs/engine/report.ipynb #497cdece
 def _circumstances(runs: list, others: list[list[str]], results: str) -> str:
