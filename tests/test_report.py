@@ -287,11 +287,14 @@ def test_the_numbers_of_test_images_are_those_of_the_data():
         assert len(load(name, "test")) == paper.TEST_IMAGES[name]
 
 
-def test_a_run_of_several_attempts_says_that_its_training_is_not_recorded(tmp_path):
+def test_a_run_of_several_attempts_says_what_of_its_training_is_recorded(tmp_path):
     write(tmp_path / "again", attempt=2)
     runs = page(tmp_path)[1]
-    assert "attempt 2, which went on from an earlier one" in runs and "training's commit and time are not recorded" in runs
+    assert "attempt 2, which went on from an earlier one" in runs and "training's commit is not recorded; the training's time is not" in runs
     assert "trained and scored" not in runs
+    record = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    (tmp_path / "again" / "metrics.json").write_text(json.dumps({**record, "earlier_commits": ["0123456789" * 4]}))
+    assert "begun at commit 0123456, the training's time is not recorded" in page(tmp_path)[1]
 
 
 def test_each_sampler_has_its_share_seconds_and_memory_beside_the_papers(tmp_path):

@@ -39,8 +39,9 @@ def _read(folder: Path, name: str) -> SimpleNamespace:
     ended = datetime.fromtimestamp(status["ended"], timezone.utc)
     record = read_record(folder)
     metrics = {key: _dated(metric, ended) for key, metric in record["metrics"].items()}
-    return SimpleNamespace(**{"earlier_commits": [], **record, "metrics": metrics}, name=name, attempt=status["attempt"],
-                           day=str(ended.date()), executed=(folder / "notebook.ipynb").is_file(),
+    return SimpleNamespace(**{"earlier_commits": [], **record, "metrics": metrics}, name=name,
+                           attempt=status["attempt"], day=str(ended.date()),
+                           executed=(folder / "notebook.ipynb").is_file(),
                            figures={path.stem for path in folder.glob("figures/*.png")})
 
 def read_results(folder: str | Path) -> tuple[list[SimpleNamespace], list[list[str]]]:
@@ -406,7 +407,7 @@ def _trained(run: SimpleNamespace) -> str:
     "When, at which commit and in which time a run was trained and scored, as far as its record knows."
     commit = re.sub("([0-9a-f]{7})[0-9a-f]{33}", r"\1", run.commit or "unknown")
     earlier = "".join(f"begun at commit {one[:7]}, " for one in run.earlier_commits) or (
-        "the training's commit is not recorded, ")
+        "the training's commit is not recorded; ")
     scored = f"scored at commit {commit} on {run.day}, in {timedelta(seconds=round(run.seconds))}"
     return f"trained and {scored}" if run.attempt == 1 else (
         f"attempt {run.attempt}, which went on from an earlier one: re-scored or resumed, and {scored}; "
