@@ -94,7 +94,9 @@ def _pool_std_error(ncp: ReweightedPrior, num_samples: int, generator: torch.Gen
 def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed: int, log_z_samples: int,
                         method: Partition | None, proposals, bound_images: int, copies: int,
                         keep: Callable) -> dict[str, dict[str, Measured]]:
-    "The columns of `compare` that are about likelihoods."
+    "The columns of `compare` that are about likelihoods; none where num_samples is 0."
+    if not num_samples:
+        return {name: {} for name in priors}
     log_z = {name: prior.log_partition(log_z_samples, _generator(seed, "log Z"), method)
              for name, prior in priors.items() if isinstance(prior, ReweightedPrior)}
     values = _values_of(priors, images, num_samples=num_samples, proposals=proposals,
@@ -200,18 +202,16 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
     """A row of measured numbers for each prior, by its name; differences are against the first.
 
     images: [copies * N, *image], all in their first binarisation, then in the second, and so on. num_samples:
-    S posterior draws an image; 0 for no likelihoods. log_z_samples, method: of log Z, see `log_partition`. proposals: M of the SIR
-    density, one int or one a group, None for no bound; it is for the first bound_images (None: N), in whole
-    parts. draws: samples whose latents are compared, by samplers[name] (else by the prior's own). scorer:
+    S posterior draws an image; 0 for no likelihoods. log_z_samples, method: of log Z, see `log_partition`.
+    proposals: M of the SIR density, one int or one a group, None for no bound; it is for the first
+    bound_images (None: N), in whole parts. draws: samples whose latents are compared, by samplers[name] (else by the prior's own). scorer:
     what measures images (`ImageScorer`). keep(name, compute) may remember what was computed (`Run.once`).
     Raises ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
     _check(priors, images, bound_images, copies, draws, samplers)
     bounded = len(images) // copies if bound_images is None else bound_images
-    table = {name: {} for name in priors}
-    if num_samples:
-        table = _likelihood_columns(priors, images, num_samples=num_samples, seed=seed,
-                                    log_z_samples=log_z_samples, method=method, proposals=proposals,
-                                    bound_images=bounded, copies=copies, keep=keep)
+    table = _likelihood_columns(priors, images, num_samples=num_samples, seed=seed,
+                                log_z_samples=log_z_samples, method=method, proposals=proposals,
+                                bound_images=bounded, copies=copies, keep=keep)
     more = [_sample_columns(priors, images, draws, samplers, seed, keep)] if draws else []
     if scorer is not None:
         of_images = {name: drawn_from(prior, samplers.get(name)) for name, prior in priors.items()}

@@ -44,6 +44,7 @@ def _read(folder: Path, name: str) -> SimpleNamespace:
                            executed=(folder / "notebook.ipynb").is_file(),
                            figures={path.stem for path in folder.glob("figures/*.png")})
 
+# %% ../../nbs/engine/report.ipynb #bbf3a5eb
 def read_results(folder: str | Path) -> tuple[list[SimpleNamespace], list[list[str]]]:
     "The runs below a folder that succeeded, and [name, state] of the others; ValueError: no folder."
     root = Path(folder)
