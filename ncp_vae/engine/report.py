@@ -65,9 +65,7 @@ def _typed(experiment: str, preset: str, params: dict, out: str = "") -> str:
     "What one types to run an experiment so."
     words = ["ncp-vae", "run", experiment, *(["--preset", preset] if preset != "smoke" else [])]
     for name, value in params.items():
-        values = value if isinstance(value, list) else [value]
-        texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
-        words += ["-p", f"{name}={','.join(texts)}"]
+        words += ["-p", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
     return shlex.join([*words, *(["--out", out] if out else [])])
 
 def _command_of(run: SimpleNamespace) -> str:
@@ -383,14 +381,16 @@ def _not_run(runs: list) -> str:
         choices = paper.each(asked)
         made = sum(bool(_made_by(one, runs)) for one in choices)
         if made < len(choices):
-            command = _typed(asked["experiment"], asked["preset"], asked["params"], asked.get("out", ""))
+            command = _typed(asked["experiment"], asked["preset"], choices[0]["params"], asked.get("out", ""))
+            others = [f"{name} = {', '.join(map(str, value[1:]))}" for name, value in asked["params"].items()
+                      if isinstance(value, list)]
+            also = f"; as well with {' and '.join(others)}" if others else ""
             names = [name for name, item in paper.ITEMS.items() if choices[0] in item.experiments]
             done = f"; {made} of {len(choices)} were run" if made else ""
-            lines.append([_items(names), asked["needs"] + done, f"`{command}`"])
+            lines.append([_items(names), asked["needs"] + done, f"`{command}`{also}"])
     unmade = _items([name for name, item in paper.ITEMS.items() if not item.experiments])
     lines.append([unmade, "a notebook that makes them: there is none", ""])
-    return ("Where a parameter has several values, a run is meant for each of them.\n\n"
-            + _table(["for", "needs", "command"], lines))
+    return _table(["for", "needs", "command"], lines)
 
 # %% ../../nbs/engine/report.ipynb #e8822711
 def _pictures(runs: list, results: str) -> str:
