@@ -9,6 +9,7 @@ __all__ = ['log_likelihoods', 'walks_of', 'compare', 'table_of', 'nll_metrics', 
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import hypot, isfinite, log
 from typing import Callable, Sequence
 
@@ -94,9 +95,7 @@ def _pool_std_error(ncp: ReweightedPrior, num_samples: int, generator: torch.Gen
 def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed: int, log_z_samples: int,
                         method: Partition | None, proposals, bound_images: int, copies: int,
                         keep: Callable) -> dict[str, dict[str, Measured]]:
-    "The columns of `compare` that are about likelihoods; none where num_samples is 0."
-    if not num_samples:
-        return {name: {} for name in priors}
+    "The columns of `compare` that are about likelihoods."
     log_z = {name: prior.log_partition(log_z_samples, _generator(seed, "log Z"), method)
              for name, prior in priors.items() if isinstance(prior, ReweightedPrior)}
     values = _values_of(priors, images, num_samples=num_samples, proposals=proposals,
@@ -204,22 +203,22 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
     images: [copies * N, *image], all in their first binarisation, then in the second, and so on. num_samples:
     S posterior draws an image; 0 for no likelihoods. log_z_samples, method: of log Z, see `log_partition`.
     proposals: M of the SIR density, one int or one a group, None for no bound; it is for the first
-    bound_images (None: N), in whole parts. draws: samples whose latents are compared, by samplers[name] (else by the prior's own). scorer:
-    what measures images (`ImageScorer`). keep(name, compute) may remember what was computed (`Run.once`).
+    bound_images (None: N), in whole parts. draws: samples whose latents are compared, by samplers[name] (else
+    by the prior's own). scorer: what measures images (`ImageScorer`). keep(name, compute) may remember what
+    was computed (`Run.once`).
     Raises ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
-    _check(priors, images, bound_images, copies, draws, samplers)
-    bounded = len(images) // copies if bound_images is None else bound_images
-    table = _likelihood_columns(priors, images, num_samples=num_samples, seed=seed,
-                                log_z_samples=log_z_samples, method=method, proposals=proposals,
-                                bound_images=bounded, copies=copies, keep=keep)
-    more = [_sample_columns(priors, images, draws, samplers, seed, keep)] if draws else []
+    bounded = _check(priors, images, bound_images, copies, draws, samplers)
+    found = []
+    if num_samples:
+        found.append(_likelihood_columns(
+            priors, images, num_samples=num_samples, seed=seed, log_z_samples=log_z_samples, method=method,
+            proposals=proposals, bound_images=bounded, copies=copies, keep=keep))
+    if draws:
+        found.append(_sample_columns(priors, images, draws, samplers, seed, keep))
     if scorer is not None:
         of_images = {name: drawn_from(prior, samplers.get(name)) for name, prior in priors.items()}
-        more.append(_image_columns(of_images, scorer))
-    for columns in more:
-        for name, row in columns.items():
-            table[name] |= row
-    return table
+        found.append(_image_columns(of_images, scorer))
+    return {name: dict(chain(*(columns[name].items() for columns in found))) for name in priors}
 
 # %% ../../nbs/engine/evaluate.ipynb #074a96b8
 def _image_columns(draws: dict[str, Callable], scorer: ImageScorer) -> dict[str, dict[str, Measured]]:
@@ -232,8 +231,8 @@ def _image_columns(draws: dict[str, Callable], scorer: ImageScorer) -> dict[str,
 
 # %% ../../nbs/engine/evaluate.ipynb #c3e686a5
 def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, draws: int,
-           samplers: dict) -> None:
-    "ValueError, before anything is computed, where what `compare` was given does not fit."
+           samplers: dict) -> int:
+    "How many images are bounded; ValueError where what `compare` was given does not fit."
     if not isinstance(priors, dict) or not priors:
         raise ValueError("compare: priors is a dict of names and priors, like {'base': vae, 'ncp': ncp}; "
                          f"got {type(priors).__name__}")
@@ -250,6 +249,7 @@ def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, 
     if copies < 1 or copies * size != len(images) or not 1 <= bounded <= size:
         raise ValueError(f"compare: {len(images)} images must be whole copies, got copies = {copies}, and "
                          f"bound_images lie between 1 and {size}, got {bound_images}")
+    return bounded
 
 # %% ../../nbs/engine/evaluate.ipynb #9682d4ed
 def table_of(rows: dict[str, dict[str, Measured]]) -> str:
