@@ -349,6 +349,7 @@ min_log_std: float = -11.0
 """, "frozen": """run_dir: str = ""
 seed: int = 0                 # [0, inf)
 dataset: str = "fashion_mnist"  # {mnist, fashion_mnist}
+epochs: int = 40              # [1, inf)
 """}
 FLOWS = {"nll_standard": dict(value=231.0, std_error=0.7, n=10_000, paper=228.60), "nll_joint": dict(value=228.9, std_error=0.7, n=10_000, paper=226.11),
          "nll_posterior": dict(value=230.4, std_error=0.7, n=10_000, paper=227.79), "nll_posthoc": dict(value=229.9, std_error=0.7, n=10_000),
