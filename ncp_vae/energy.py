@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mle_loss']
 
-# %% ../nbs/theory/14_energy.ipynb #df344f25
+# %% ../nbs/theory/14_energy.ipynb #15d9af2c
 from math import inf
 from typing import Sequence
 
@@ -18,10 +18,10 @@ from .chains import ChainDiverged
 from .hierarchy import JointLangevin, NoiseWalk, prior_noise
 from .nce import RatioEstimator
 from .prior import ReweightedPrior
-from .resampling import Sampler
+from .resampling import SIR, Sampler
 from .walk import Step, TopDownVAE, Trace, from_posterior, replay
 
-# %% ../nbs/theory/14_energy.ipynb #9d96f62b
+# %% ../nbs/theory/14_energy.ipynb #55e99718
 def mle_loss(log_r_q: Tensor, log_r_model: Tensor) -> Tensor:
     """mean log r(negatives) - mean log r(positives): its gradient is minus Eq. JE 5's. A scalar, nats.
 
@@ -29,7 +29,7 @@ def mle_loss(log_r_q: Tensor, log_r_model: Tensor) -> Tensor:
     [B], the sum over all groups. Only its gradient has a meaning: the value does not know log Z."""
     return log_r_model.mean() - log_r_q.mean()
 
-# %% ../nbs/theory/14_energy.ipynb #0bf7e0d4
+# %% ../nbs/theory/14_energy.ipynb #b0668090
 class _LastGroup(Exception):
     "Raised inside a walk that has chosen its last latent."
 
@@ -61,7 +61,7 @@ class LatentWalk(TopDownVAE):
             pass
         return Trace(latents, steps, None)
 
-# %% ../nbs/theory/14_energy.ipynb #e12667e8
+# %% ../nbs/theory/14_energy.ipynb #33cba1ea
 class ModelDraws(nn.Module):
     """Walks of r p / Z without gradients, forward(n, step): n rows.
 
@@ -72,7 +72,7 @@ class ModelDraws(nn.Module):
     def __init__(self, prior: ReweightedPrior, sampler: Sampler, chains: int = 0):
         super().__init__()
         who = type(sampler).__name__
-        if len(prior.ratios) > 1 and type(sampler).sample is Sampler.sample:
+        if len(prior.ratios) > 1 and type(sampler).sample in (Sampler.sample, SIR.sample):
             raise ValueError(f"{who} draws group by group, and its law is not r p / Z over all "
                              f"{len(prior.ratios)} groups: take JointLangevin, JointMALA or SMC")
         if chains and not isinstance(sampler, JointLangevin):
@@ -94,12 +94,12 @@ class ModelDraws(nn.Module):
         self.here[:n] = u
         return walk.trace(u)
 
-# %% ../nbs/theory/14_energy.ipynb #4e8c7752
+# %% ../nbs/theory/14_energy.ipynb #e25719b9
 _ENERGY = 1e6     # nats; a log ratio beyond it is an explosion
 _REGION = 100.0   # standard deviations of the base prior
 
 def _farthest(prior: Distribution, z: Tensor) -> Tensor:
-    "The largest |z - mean| in standard deviations of the prior; where it tells none, NaN if z is not finite."
+    "The largest |z - mean| in the prior's deviations; where it tells none, NaN if z is not finite."
     if not z.is_floating_point():
         return torch.zeros((), device=z.device)
     try:
@@ -107,26 +107,22 @@ def _farthest(prior: Distribution, z: Tensor) -> Tensor:
     except NotImplementedError:
         return (0 * z).abs().max()
 
-def check_energies(log_ratios: Sequence[Tensor]) -> None:
-    "log r_k: K tensors [B]; FloatingPointError, which names the group, above 1e6 or where not finite."
+def check_explosion(log_ratios: Sequence[Tensor], negatives: Trace) -> None:
+    """FloatingPointError, which names the groups, where |log r_k| is above 1e6 or not finite, or a negative
+    more than 100 standard deviations of its base prior away. log_ratios: K tensors [B]."""
     with torch.no_grad():
-        largest = torch.stack([log_r.abs().max() for log_r in log_ratios]).tolist()
-    for k, value in enumerate(largest):
-        if not value <= _ENERGY:
-            raise FloatingPointError(f"the energy has exploded in group {k}: the largest |log r| is "
-                                     f"{value:.3g} nats, above {_ENERGY:.0e}")
+        energies = torch.stack([log_r.abs().max() for log_r in log_ratios])
+        met = zip(negatives.steps, negatives.latents)
+        farthest = torch.stack([_farthest(step.prior, z) for step, z in met])
+        bad = ~((energies <= _ENERGY) & (farthest <= _REGION))
+        pairs = torch.stack([energies, farthest], 1).tolist() if bad.any() else []
+    found = [f"group {k}: |log r| up to {energy:.3g} nats, samples {distance:.3g} standard deviations of "
+             "the base prior away" for k, (energy, distance) in enumerate(pairs) if bad[k]]
+    if found:
+        raise FloatingPointError(f"exploded in {'; '.join(found)}; the limits are {_ENERGY:.0e} and "
+                                 f"{_REGION:.0f}")
 
-def check_region(trace: Trace) -> None:
-    "FloatingPointError, which names the group, where a latent is over 100 deviations of its prior away."
-    with torch.no_grad():
-        met = zip(trace.steps, trace.latents)
-        farthest = torch.stack([_farthest(step.prior, z) for step, z in met]).tolist()
-    for k, value in enumerate(farthest):
-        if not value <= _REGION:
-            raise FloatingPointError(f"a chain has left the region in group {k}: {value:.3g} standard "
-                                     f"deviations of the base prior, above {_REGION:.0f}")
-
-# %% ../nbs/theory/14_energy.ipynb #afd79e0f
+# %% ../nbs/theory/14_energy.ipynb #448a392f
 def _together(*walks: Trace) -> Trace:
     "The rows of several walks in one, with their contexts and nothing else."
     latents = [torch.cat(group) for group in zip(*(walk.latents for walk in walks))]
@@ -139,9 +135,9 @@ def _together(*walks: Trace) -> Trace:
 def _farthest_group(z: Tensor, shapes: Sequence[torch.Size]) -> int:
     "The group whose part of z, [B, *event] or the noise [B, D] of all groups, is farthest out."
     parts = z.flatten(1).split([torch.Size(shape).numel() for shape in shapes], 1)
-    return torch.stack([part.abs().nan_to_num(inf).max() for part in parts]).argmax().item()
+    return torch.stack([part.abs().nan_to_num(inf, inf).max() for part in parts]).argmax().item()
 
-# %% ../nbs/theory/14_energy.ipynb #1ede1ed6
+# %% ../nbs/theory/14_energy.ipynb #ba15c45b
 class EBMLoss(nn.Module):
     """Maximum likelihood of r p / Z, forward(x: [B, *image], step): a dict of scalars with "loss".
 
@@ -166,7 +162,6 @@ class EBMLoss(nn.Module):
         self.eval()
         try:
             trace = self.draws(n, step)
-            check_region(trace)
             return trace if self.vae is None else prior.vae.walk(replay(trace.latents), n=n)
         except ChainDiverged as error:
             group = _farthest_group(error.z, prior.vae.latent_shapes)
@@ -182,7 +177,7 @@ class EBMLoss(nn.Module):
         self.good = step, {name: value.clone() for name, value in self.state_dict().items()}
         return terms
 
-# %% ../nbs/theory/14_energy.ipynb #770ccc98
+# %% ../nbs/theory/14_energy.ipynb #386b5687
 def _ebm_terms(loss: EBMLoss, x: Tensor, step: int) -> dict[str, Tensor]:
     "The loss and what else is logged; x: [B, *image]."
     prior, = loss.held
@@ -192,7 +187,7 @@ def _ebm_terms(loss: EBMLoss, x: Tensor, step: int) -> dict[str, Tensor]:
     with torch.autocast(x.device.type, enabled=False):              # latents as in sampling
         negatives = loss.negatives(len(x), step)
     log_ratios = prior.log_ratios(_together(positives, negatives))
-    check_energies(log_ratios)
+    check_explosion(log_ratios, negatives)
     log_r_q, log_r_model = sum(log_ratios).view(2, -1)
     contrast = mle_loss(log_r_q, log_r_model)
     terms = dict(loss=contrast, log_r_q=log_r_q.mean().detach(), log_r_model=log_r_model.mean().detach())
