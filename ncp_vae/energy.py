@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mle_loss']
 
-# %% ../nbs/theory/14_energy.ipynb #15d9af2c
+# %% ../nbs/theory/14_energy.ipynb #e89b1aeb
 from math import inf
 from typing import Sequence
 
@@ -21,7 +21,7 @@ from .prior import ReweightedPrior
 from .resampling import SIR, Sampler
 from .walk import Step, TopDownVAE, Trace, from_posterior, replay
 
-# %% ../nbs/theory/14_energy.ipynb #55e99718
+# %% ../nbs/theory/14_energy.ipynb #8cb723cb
 def mle_loss(log_r_q: Tensor, log_r_model: Tensor) -> Tensor:
     """mean log r(negatives) - mean log r(positives): its gradient is minus Eq. JE 5's. A scalar, nats.
 
@@ -29,7 +29,7 @@ def mle_loss(log_r_q: Tensor, log_r_model: Tensor) -> Tensor:
     [B], the sum over all groups. Only its gradient has a meaning: the value does not know log Z."""
     return log_r_model.mean() - log_r_q.mean()
 
-# %% ../nbs/theory/14_energy.ipynb #b0668090
+# %% ../nbs/theory/14_energy.ipynb #b1fe15f8
 class _LastGroup(Exception):
     "Raised inside a walk that has chosen its last latent."
 
@@ -61,7 +61,7 @@ class LatentWalk(TopDownVAE):
             pass
         return Trace(latents, steps, None)
 
-# %% ../nbs/theory/14_energy.ipynb #33cba1ea
+# %% ../nbs/theory/14_energy.ipynb #517dfdbd
 class ModelDraws(nn.Module):
     """Walks of r p / Z without gradients, forward(n, step): n rows.
 
@@ -94,7 +94,7 @@ class ModelDraws(nn.Module):
         self.here[:n] = u
         return walk.trace(u)
 
-# %% ../nbs/theory/14_energy.ipynb #e25719b9
+# %% ../nbs/theory/14_energy.ipynb #f9633533
 _ENERGY = 1e6     # nats; a log ratio beyond it is an explosion
 _REGION = 100.0   # standard deviations of the base prior
 
@@ -122,7 +122,7 @@ def check_explosion(log_ratios: Sequence[Tensor], negatives: Trace) -> None:
         raise FloatingPointError(f"exploded in {'; '.join(found)}; the limits are {_ENERGY:.0e} and "
                                  f"{_REGION:.0f}")
 
-# %% ../nbs/theory/14_energy.ipynb #448a392f
+# %% ../nbs/theory/14_energy.ipynb #e11a4a8a
 def _together(*walks: Trace) -> Trace:
     "The rows of several walks in one, with their contexts and nothing else."
     latents = [torch.cat(group) for group in zip(*(walk.latents for walk in walks))]
@@ -137,7 +137,7 @@ def _farthest_group(z: Tensor, shapes: Sequence[torch.Size]) -> int:
     parts = z.flatten(1).split([torch.Size(shape).numel() for shape in shapes], 1)
     return torch.stack([part.abs().nan_to_num(inf, inf).max() for part in parts]).argmax().item()
 
-# %% ../nbs/theory/14_energy.ipynb #ba15c45b
+# %% ../nbs/theory/14_energy.ipynb #c0a1a1c6
 class EBMLoss(nn.Module):
     """Maximum likelihood of r p / Z, forward(x: [B, *image], step): a dict of scalars with "loss".
 
@@ -177,7 +177,7 @@ class EBMLoss(nn.Module):
         self.good = step, {name: value.clone() for name, value in self.state_dict().items()}
         return terms
 
-# %% ../nbs/theory/14_energy.ipynb #386b5687
+# %% ../nbs/theory/14_energy.ipynb #ced980c3
 def _ebm_terms(loss: EBMLoss, x: Tensor, step: int) -> dict[str, Tensor]:
     "The loss and what else is logged; x: [B, *image]."
     prior, = loss.held

@@ -164,11 +164,11 @@ def correlation(vae, found, truth, x):
 
 
 def test_maximum_likelihood_and_nce_find_the_same_ratio():
-    "On a line: above 0.99 with the truth and with each other; before the training they are nothing."
+    "On a line, where both losses are exact but for draws: above 0.99 with the truth and with each other."
     vae, x = Known(1), torch.zeros(512, 1)
     log_q, log_p = (diagonal_normal(torch.full((1,), mean), torch.full((1,), scale)) for mean, scale in ((-0.5, 0.7), (0.0, 1.0)))
-    truth = NoiseContrastivePrior(vae, [Function(lambda z: log_q.log_prob(z) - log_p.log_prob(z))])
-    how = dict(steps=150, batch_size=256, lr=0.1, seed=0)
+    truth = NoiseContrastivePrior(vae, [Function(lambda z: (log_q.log_prob(z) - log_p.log_prob(z)).sum(-1))])
+    how = dict(steps=120, batch_size=256, lr=0.1, seed=0)
     ebm = fit_ebm(vae, x, ratios=[Quadratic()], sampler=JointMALA(3, 0.3), persistent=True, **how)
     ncp = fit_ncp(vae, x, ratios=[Quadratic()], **how)
     assert min(correlation(vae, ebm, truth, x), correlation(vae, ncp, truth, x), correlation(vae, ebm, ncp, x)) > 0.99
@@ -190,7 +190,7 @@ def test_a_hierarchy_finds_its_ratio_by_one_chain():
 def small(joint=False, steps=6, **how):
     torch.manual_seed(0)
     vae = DenseVAE((2,), 2, hidden=(8,), sigma=0.5)
-    before = copy.deepcopy(vae.state_dict())
+    before = [parameter.clone() for parameter in vae.parameters()]
     ebm = fit_ebm(vae, torch.rand(64, 2, generator=rng()), joint=joint, ratios=[MLPRatio(2, hidden=(8,))],
                   **{**dict(sampler=JointLangevin(2, 0.1), steps=steps, batch_size=16, lr=1e-2, seed=3), **how})
     return ebm, before
@@ -199,7 +199,7 @@ def small(joint=False, steps=6, **how):
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_vae_moves_where_it_is_asked_to(joint):
     ebm, before = small(joint)
-    same = [torch.equal(value, before[name]) for name, value in ebm.vae.state_dict().items()]
+    same = [torch.equal(*pair) for pair in zip(before, ebm.vae.parameters())]
     assert not any(same) if joint else all(same)
     assert not ebm.vae.training
 
