@@ -536,7 +536,7 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     ratios: as in `fit_ncp`. joint: train the VAE too, by the ELBO under this prior; else it is frozen.
     persistent: the chains of a `JointLangevin` or `JointMALA` go on from step to step. The rest: see `fit`.
     ValueError where ratios do not fit the VAE, or the sampler's law is not r p / Z. FloatingPointError, with
-    step and group, where energies or chains explode: the last good weights are back and in CHECKPOINT.good."""
+    step and group, where energies or chains explode: the last good state is back and in CHECKPOINT.good."""
     device = Accelerator().device
     if joint:
         _try_out(vae.eval(), data, batch_size, seed)
