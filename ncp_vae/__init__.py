@@ -21,7 +21,7 @@ _NAMES = {name: place for place, names in {
     "models.ratios": "MLPRatio ConvRatio",
     "engine.data": "load",
     "engine.evaluate": "compare",
-    "engine.train": "fit_vae fit_ncp",
+    "engine.train": "fit_vae fit_ncp fit_ebm",
 }.items() for name in names.split()}
 
 def __getattr__(name: str):

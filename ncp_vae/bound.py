@@ -49,6 +49,14 @@ def _check_support(likelihood, x: Tensor) -> None:
                          f"support, {getattr(support, 'base_constraint', support)}: binarise them "
                          "for a Bernoulli likelihood, bring them to its levels for one of few bits")
 
+# %% ../nbs/theory/02_bound.ipynb #ba00e6a4
+def elbo_of(vae: TopDownVAE, trace: Trace, x: Tensor) -> Elbo:
+    "The bound at a finished walk from the posterior of x: [B, *image]. What `elbo` raises."
+    _check_support(check_trace(vae, trace, len(x)).likelihood, x)
+    reconstruction = trace.likelihood.log_prob(x)
+    kl = torch.stack([_kl_of(step, z) for step, z in zip(trace.steps, trace.latents)], dim=-1)
+    return Elbo(reconstruction - kl.sum(-1), reconstruction, kl)
+
 # %% ../nbs/theory/02_bound.ipynb #d9428930
 def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -> Elbo:
     """Eq. 2 with one posterior draw an image (Eq. 1 where K = 1). x: [B, *image].
@@ -59,10 +67,7 @@ def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -
     p(x | z) can produce."""
     with scoring(vae):
         trace = vae.walk(from_posterior(generator), evidence=vae.encode(x))
-    _check_support(check_trace(vae, trace, len(x)).likelihood, x)
-    reconstruction = trace.likelihood.log_prob(x)
-    kl = torch.stack([_kl_of(step, z) for step, z in zip(trace.steps, trace.latents)], dim=-1)
-    return Elbo(reconstruction - kl.sum(-1), reconstruction, kl)
+    return elbo_of(vae, trace, x)
 
 # %% ../nbs/theory/02_bound.ipynb #ba914127
 def paired_iwae(vae: TopDownVAE, x: Tensor, num_samples: int,

@@ -80,14 +80,21 @@ def continuous(who: str, prior: Distribution, z: Tensor) -> Tensor:
         raise ValueError(f"{who} needs a continuous prior, got {prior}")
     return z
 
+# %% ../nbs/theory/06_chains.ipynb #515e7290
+class ChainDiverged(ValueError, FloatingPointError):
+    "A chain has left the finite numbers; z: [B, *event], where the chains stand."
+    def __init__(self, message: str, z: Tensor):
+        super().__init__(message)
+        self.z = z
+
 # %% ../nbs/theory/06_chains.ipynb #2b94cb92
 def _finite(state: State, sampler: Sampler, where: str) -> State:
-    "The state as it is; ValueError where it is NaN or infinite in some row."
+    "The state as it is; ChainDiverged where it is NaN or infinite in some row."
     rows = state.gradient.reshape(len(state.z), -1)
     bad = ~(state.log_target.isfinite() & rows.isfinite().all(1))
     if bad.any():
-        raise ValueError(f"{type(sampler).__name__}: log r(z) p(z) or its gradient is NaN or "
-                         f"infinite in {int(bad.sum())} of {len(bad)} rows {where}")
+        raise ChainDiverged(f"{type(sampler).__name__}: log r(z) p(z) or its gradient is NaN or "
+                            f"infinite in {int(bad.sum())} of {len(bad)} rows {where}", state.z)
     return state
 
 # %% ../nbs/theory/06_chains.ipynb #d510d9ca
