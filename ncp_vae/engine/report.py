@@ -235,32 +235,35 @@ def _frozen(runs: list) -> list[list[SimpleNamespace]]:
     "The families of runs that compare priors on one frozen VAE."
     return _families([run for run in runs if run.experiment == "frozen"])
 
-def _of_seeds(family: list, name: str) -> str:
-    "A number's mean over seeds with one seed's error, and the deviation between seeds; of a sample in ms."
+def _of_seeds(family: list, name: str, usual: int | None = None) -> str:
+    """A number's mean over seeds with one seed's error, and the deviation between seeds; of a sample in ms.
+
+    With its n where that is not the usual one."""
     times = 1000 if name.startswith("seconds_") else 1
     found = [replace(one, value=times * one.value, std_error=one.std_error and times * one.std_error)
              for run in family if (one := run.metrics.get(name))]
     if not found:
         return ""
     mean, spread = _over_seeds(found)
-    return mean.short(" ± ") + (f", seeds ± {spread:.2g}" if spread else "")
+    other = f" (n = {mean.n:,})" if usual and mean.n not in (None, usual) else ""
+    return mean.short(" ± ") + other + (f", seeds ± {spread:.2g}" if spread else "")
 
 # %% ../../nbs/engine/report.ipynb #e084b487
 def _priors_of(family: list) -> list[str]:
-    "The names under which a comparison recorded a likelihood and, but for the base, a gain."
-    names = [name.removeprefix("nll_") for name in family[0].metrics if name.startswith("nll_")]
-    return [name for name in names if name == "base" or f"gain_{name}" in family[0].metrics]
+    "The base, and the names under which a comparison recorded a gain over it."
+    return ["base", *(name.removeprefix("gain_") for name in family[0].metrics if name.startswith("gain_"))]
 
 def _priors(runs: list) -> str:
     "For each frozen VAE a table of the priors on it: their likelihood, their samples, their costs."
     parts = []
     for family in _frozen(runs):
         names = _priors_of(family)
-        found = {what: [_mean(family, f"{what}_{name}") for name in names] for what in _COLUMNS}
-        heads = [title + next((f" (n = {one.n:,})" for one in found[what] if one and one.n), "")
+        usual = {what: next((one.n for name in names if (one := _mean(family, f"{what}_{name}")) and one.n),
+                            None) for what in _COLUMNS}
+        heads = [title + (f" (n = {usual[what]:,})" if usual[what] else "")
                  for what, title in _COLUMNS.items()]
-        lines = [[paper.PRIORS.get(name, name), *(_of_seeds(family, f"{what}_{name}") for what in _COLUMNS)]
-                 for name in names]
+        lines = [[paper.PRIORS.get(name, name),
+                  *(_of_seeds(family, f"{what}_{name}", usual[what]) for what in _COLUMNS)] for name in names]
         parts += [f"**{_about(family[0], 'model')}, on {_label(family)}.**", _table(["prior", *heads], lines)]
     return "\n\n".join(parts) or "No run."
 
