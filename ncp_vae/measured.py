@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Measured', 'mean_of']
 
 # %% ../nbs/theory/00_quoting.ipynb #1dd862d5
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import floor, inf, isfinite, log10
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,10 @@ class Measured:
         "What a lower bound is of, taken negative, has an upper bound."
         flipped = {"lower bound": "upper bound", "upper bound": "lower bound"}
         return replace(self, value=-self.value, kind=flipped.get(self.kind, self.kind))
+
+    def plain(self) -> "Measured":
+        "The number without what a kind of its own, such as an estimate of log Z, knows besides."
+        return Measured(**{field.name: getattr(self, field.name) for field in fields(Measured)})
 
     def short(self, between: str = " +- ") -> str:
         "'-0.310 +- 0.021': two digits of the error, four of a value without one."

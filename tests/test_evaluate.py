@@ -124,6 +124,17 @@ def test_thirteen_priors_in_one_table_without_a_special_case():
         assert all(isinstance(value, Measured) for value in row.values())
 
 
+def test_without_likelihoods_no_log_z_is_looked_for():
+    "num_samples 0: the columns of samples alone, the same as beside likelihoods."
+    vae, x = Linear(), torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+    priors = {"own": vae, "tilted": NoiseContrastivePrior(vae, [Tilt(0.3)])}
+    alone = compare(priors, x, num_samples=0, draws=40, seed=0)
+    beside = compare(priors, x, num_samples=2, log_z_samples=100, draws=40, seed=0)
+    for name, row in alone.items():
+        assert list(row) == ["mmd2", "told_apart", "seconds"]
+        assert all(row[key] == beside[name][key] for key in ("mmd2", "told_apart"))
+
+
 def test_images_are_scored_beside_and_paired():
     "The first prior has no difference; the others' is `lower_by`, with the paired error and the distance's unit."
     images = torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -225,7 +225,9 @@ def test_nobody_else_writes_into_a_run(clone, capsys):
 
 
 def test_metric_takes_tensors_and_refuses_the_rest(clone):
+    "And of an estimate of log Z what every record has: it is read again as a `Measured`."
     import torch
+    from ncp_vae.prior import Estimate
     run = ex.Run(ex.new_run(None, "toy", "smoke", {}))
     assert run.metric("a", torch.tensor(2.5), std_error=torch.tensor([0.5])) == Measured(2.5, 0.5)
     for value in (torch.ones(2), torch.tensor(torch.nan), "high", None):
@@ -234,6 +236,9 @@ def test_metric_takes_tensors_and_refuses_the_rest(clone):
     with pytest.raises(ValueError, match="no metric"):
         ex.Run(run.dir).finish()
     assert len((run.dir / "metrics.jsonl").read_text().splitlines()) == 1
+    run.metric("log_z", Estimate(0.5, 0.1, n=10, bias=-0.005, ess=8.0, k_hat=0.2), kind="exact")
+    run.finish()
+    assert ex.read_record(run.dir)["metrics"]["log_z"] == Measured(0.5, 0.1, "exact", 10)
 
 
 def test_the_record_says_its_data_model_and_parts(clone):

@@ -274,7 +274,7 @@ def nll_metrics(base: dict[str, Measured], row: dict[str, Measured]) -> dict[str
     "Two rows of `compare` as nll_base, nll_ncp, nll_ncp_bound, nll_gain, nll_gain_bound, log_z, log_z_k_hat."
     log_z = row["log_z"]
     found = dict(nll_base=-base["log_likelihood"], nll_ncp=-row["log_likelihood"], nll_gain=row["gain"],
-                 log_z=Measured(log_z.value, log_z.std_error, n=log_z.n))
+                 log_z=log_z.plain())
     if "bound" in row:
         found |= dict(nll_ncp_bound=-row["bound"], nll_gain_bound=row["gain_bound"])
     if isfinite(log_z.k_hat):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -172,9 +172,8 @@ class RunFolder:
         """Record a `Measured`, or a number; the last of a name counts.
 
         about: what is said of it anew (std_error, kind, n, unit, paper)."""
-        plain = {} if not isinstance(value, Measured) else {f.name: getattr(value, f.name)
-                                                            for f in fields(Measured)}
-        metric = Measured(**{"value": value, **plain, **about})
+        metric = (replace(value.plain(), **about) if isinstance(value, Measured)
+                  else Measured(value, **about))
         if metric.std_error == float("inf"):     # it says nothing, and JSON has no word for it
             metric = replace(metric, std_error=None)
         self.metrics[name] = metric
