@@ -14,6 +14,8 @@ if TYPE_CHECKING:            # what reads a run's record need not wait for torch
     from torch import Tensor
 
 # %% ../nbs/theory/00_quoting.ipynb #1ce7c848
+KINDS = ("exact", "lower bound", "upper bound", "estimate")
+
 def _finite(name: str, number) -> float:
     "A number, or a tensor or array that holds one, as a float; ValueError where it is not finite."
     try:
@@ -35,8 +37,6 @@ def _check(measured: "Measured") -> None:
         raise ValueError(f"n is a whole number of at least 1, got {n!r}")
 
 # %% ../nbs/theory/00_quoting.ipynb #223e51ea
-KINDS = ("exact", "lower bound", "upper bound", "estimate")
-
 @dataclass(frozen=True)
 class Measured:
     """A number with what one must know to quote it.
@@ -53,8 +53,7 @@ class Measured:
     def __post_init__(self):
         for name in ("value", "std_error", "paper"):
             number = getattr(self, name)
-            endless = name == "std_error" and number == inf
-            if (number is not None or name == "value") and not endless:
+            if (number is not None or name == "value") and (name, number) != ("std_error", inf):
                 object.__setattr__(self, name, _finite(name, number))
         _check(self)
 

@@ -185,7 +185,9 @@ def test_a_run_that_succeeds(ended):
     code, out, err, folder = ended["counts"]
     assert code == 0 and state_of(folder) == "succeeded" and "3.00 +- 0.50 1 (estimate, n = 3)" in out, err
     raw = json.loads((folder / "metrics.json").read_text())
-    assert set(raw) == {"experiment", "preset", "params", "data", "model", "parts", "commit", "environment", "seconds", "metrics"}
+    assert set(raw) == {"experiment", "preset", "params", "data", "model", "parts", "earlier_commits", "commit",
+                        "environment", "seconds", "metrics"}
+    assert raw["earlier_commits"] == []
     assert (raw["data"], raw["model"], raw["parts"]) == ("counts", "", [])      # no parameter says more
     assert raw["params"] == {"seed": 0, "steps": 3, "name": '"b"'} and raw["preset"] == "smoke"
     assert (folder / "threads").read_text() == "1"                   # the command's own choice
