@@ -2,7 +2,7 @@
 
 The preset's model, data set, precision, learning rates and widths of the VAE are kept. Given by hand, in each test: the numbers of
 steps, images, draws and proposals; compile=false, since compiling takes minutes on a CPU; and a random stub of the FID network's
-weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The three large ones are
+weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The four large ones are
 stopped after their first steps, since sampling from them takes minutes on a CPU."""
 import json
 import signal
@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import BIN
-from tiny import write_celeba, write_fashion_mnist, write_inception
+from tiny import write_celeba, write_fashion_mnist, write_folder, write_inception
 
 from ncp_vae.engine.cost import forget_peak
 
@@ -128,6 +128,17 @@ def test_images(command, weights, tmp_path):
     assert {(row["stage"], row["step"]) for row in rows} == {("vae", 1), ("ncp", 1), ("ncp held-out", 1)}
     assert "loss_29" in rows[-1] and "loss_30" not in rows[-1]
     assert f"Inception-v3 with the file {weights['inception_sha256'][:8]}" in (tmp_path / "run" / "notebook.ipynb").read_text()
+
+
+def test_joint_ebm(command, weights, tmp_path):
+    """CIFAR-10's NVAE of 30 groups on images of a folder, since torchvision takes only CIFAR-10's own files: until both energies are
+    trained."""
+    write_folder(tmp_path / "data", 30, (32, 32))
+    rows = stopped(command, tmp_path, "ebm_longer.ckpt", "joint_ebm", data_root=tmp_path / "data", dataset="folder", side=32, **weights,
+                   vae_steps=1, validation_images=4, ncp_steps=1, ratio_batch=2, ratio_width=4, chain_steps=1, limit=20, proposals=2,
+                   sample_batch=2, likelihood_images=2)
+    assert {("vae", 1), ("ncp", 1), ("ebm", 1)} <= {(row["stage"], row["step"]) for row in rows}
+    assert all("log_r_model" in row for row in rows if row["stage"] == "ebm")
 
 
 def test_studies(command, tmp_path):

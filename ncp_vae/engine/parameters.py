@@ -136,6 +136,17 @@ def params_for(experiment: Experiment, preset: str = "smoke", overrides: dict | 
         raise unknown(f"preset of {experiment.name}", preset, presets)
     return {**presets["smoke"], **presets[preset], **experiment.check(overrides or {})}
 
+# %% ../../nbs/engine/parameters.ipynb #70e46f7c
+def whole_numbers(name: str, text: str) -> list[int]:
+    "Whole numbers of at least 1 in the text of a parameter, in increasing order; ValueError for others."
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise ValueError(f"parameter {name} = {text!r}: expected whole numbers of at least 1, like 5,50,500")
+    return found
+
 # %% ../../nbs/engine/parameters.ipynb #d2502dce
 def read_experiment(notebook: Path) -> Experiment:
     "Name, subtitle and parameters of a run notebook; ValueError says what is wrong with it."
