@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['walk_above', 'bounds_above']
 
-# %% ../nbs/theory/15_out_of_distribution.ipynb #de64d297
+# %% ../nbs/theory/15_out_of_distribution.ipynb #9fcb3c52
 from typing import Sequence
 
 import torch
@@ -16,7 +16,7 @@ from .bound import elbo_of
 from .prior import ReweightedPrior
 from .walk import Chooser, Step, TopDownVAE, Trace, from_posterior, replay, scoring, seeded
 
-# %% ../nbs/theory/15_out_of_distribution.ipynb #1969a64e
+# %% ../nbs/theory/15_out_of_distribution.ipynb #fec7547c
 def walk_above(vae: TopDownVAE, latents: Sequence[Tensor], k: int, below: Chooser) -> Trace:
     """A walk whose top K - k groups are given and whose k groups nearest the image `below(step)` chooses.
 
@@ -33,17 +33,17 @@ def walk_above(vae: TopDownVAE, latents: Sequence[Tensor], k: int, below: Choose
         return given(step) if step.index < groups - k else below(step)
     return vae.walk(choose, n=len(latents[0]))
 
-# %% ../nbs/theory/15_out_of_distribution.ipynb #f721d6e9
+# %% ../nbs/theory/15_out_of_distribution.ipynb #93c18cf6
 def _prior_mode(step: Step) -> Tensor:
     "Choose the mode of p(z_k | z_<k). ValueError where the law does not know it."
     try:
         return step.prior.mode
     except NotImplementedError:
         law = step.prior.base_dist if isinstance(step.prior, Independent) else step.prior
-        raise ValueError(f"bounds_above: the prior of group {step.index} is a {type(law).__name__}, which has "
-                         "no mode to put in the place of its latents") from None
+        raise ValueError(f"bounds_above: the prior of group {step.index} is a {type(law).__name__}, which "
+                         "has no mode to put in the place of its latents") from None
 
-# %% ../nbs/theory/15_out_of_distribution.ipynb #89651c9b
+# %% ../nbs/theory/15_out_of_distribution.ipynb #07464b98
 def _rows_at(prior: TopDownVAE | ReweightedPrior, vae: TopDownVAE, trace: Trace, x: Tensor) -> Tensor:
     "L>k of all k at one finished walk from the posterior of x: [K, B], nats."
     bound = elbo_of(vae, trace, x)
@@ -54,7 +54,7 @@ def _rows_at(prior: TopDownVAE | ReweightedPrior, vae: TopDownVAE, trace: Trace,
                for k in range(1, len(trace.latents))]
     return torch.stack([bound.reconstruction, *shorter]) + gained.cumsum(-1).flip(-1).T
 
-# %% ../nbs/theory/15_out_of_distribution.ipynb #7c48e8fc
+# %% ../nbs/theory/15_out_of_distribution.ipynb #4601acca
 def bounds_above(prior: TopDownVAE | ReweightedPrior, x: Tensor, num_samples: int = 1,
                  generator: torch.Generator | None = None) -> Tensor:
     """L>k of Havtorn et al. (2021) for k = 0, ..., K - 1: [K, B], nats. x: [B, *image].

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detection', 'auroc_gain']
 
-# %% ../../nbs/engine/detection.ipynb #93a19115
+# %% ../../nbs/engine/detection.ipynb #272fc1fd
 from typing import Iterator
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .stored import import_extra
 from ..measured import Measured
 
-# %% ../../nbs/engine/detection.ipynb #60f051a0
+# %% ../../nbs/engine/detection.ipynb #43a3675d
 def _rates(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:
     "The three numbers of scores [N] and [M]."
     metrics = import_extra("sklearn.metrics")
@@ -22,21 +22,22 @@ def _rates(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:
     false_alarms, hits, _ = metrics.roc_curve(strange, scores, drop_intermediate=False)
     caught = hits[1:] * len(outside)
     precision = caught / (caught + false_alarms[1:] * len(inside))
-    return dict(auroc=float(metrics.auc(false_alarms, hits)),
-                auprc=float(np.diff(hits) @ precision), fpr80=float(false_alarms[np.argmax(hits >= 0.8)]))
+    found = dict(auroc=metrics.auc(false_alarms, hits), auprc=np.diff(hits) @ precision,
+                 fpr80=false_alarms[np.argmax(hits >= 0.8)])
+    return {name: round(float(value), 12) for name, value in found.items()}     # the rest is rounding
 
-# %% ../../nbs/engine/detection.ipynb #411fcce0
+# %% ../../nbs/engine/detection.ipynb #14275e3d
 def _checked(inside, outside) -> tuple[np.ndarray, np.ndarray]:
     "Both as arrays; ValueError where one is no vector of numbers."
     arrays = []
     for name, scores in (("inside", inside), ("outside", outside)):
         array = np.asarray(scores.detach().cpu() if hasattr(scores, "detach") else scores, dtype=float)
         if array.ndim != 1 or not len(array):
-            raise ValueError(f"the scores {name} must be one number an image, [N] with N at least 1, got shape "
-                             f"{array.shape}")
+            raise ValueError(f"the scores {name} must be one number an image, [N] with N at least 1, "
+                             f"got shape {array.shape}")
         if np.isnan(array).any():
             raise ValueError(f"{np.isnan(array).sum()} of the {len(array)} scores {name} are NaN")
-        arrays.append(array)
+        arrays.append(array.clip(np.finfo(float).min, np.finfo(float).max))
     return tuple(arrays)
 
 def _resamples(n: int, m: int, seed: int, repeats: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -46,9 +47,9 @@ def _resamples(n: int, m: int, seed: int, repeats: int) -> Iterator[tuple[np.nda
     draw = np.random.default_rng(seed)
     return ((draw.integers(n, size=n), draw.integers(m, size=m)) for _ in range(repeats))
 
-# %% ../../nbs/engine/detection.ipynb #c1de98d1
+# %% ../../nbs/engine/detection.ipynb #f9013e1d
 def detection(inside, outside, seed: int = 0, repeats: int = 200) -> dict[str, Measured]:
-    """"auroc", "auprc" and "fpr80" of scores that are HIGHER FOR STRANGER images; strange is the positive class.
+    """"auroc", "auprc", "fpr80" of scores that are HIGHER FOR STRANGER images; strange is the positive class.
 
     inside: [N], of ordinary images; outside: [M], of strange ones; tensors or arrays. Errors: standard, by
     the bootstrap over both sets of images, a function of the seed. n = N + M. Raises ValueError where a score
@@ -60,18 +61,20 @@ def detection(inside, outside, seed: int = 0, repeats: int = 200) -> dict[str, M
                            n=len(inside) + len(outside), unit="1")
             for name, value in _rates(inside, outside).items()}
 
-# %% ../../nbs/engine/detection.ipynb #247a2431
+# %% ../../nbs/engine/detection.ipynb #80c886a8
 def auroc_gain(ours, base, seed: int = 0, repeats: int = 200) -> Measured:
     """AUROC of one score minus that of another on the same images, with its paired error.
 
-    ours, base: pairs (inside, outside) as for `detection`, [N] and [M] in both. ValueError as there, and where
-    their numbers of images differ."""
+    ours, base: pairs (inside, outside) as for `detection`, [N] and [M] in both. ValueError as there, and
+    where their numbers of images differ."""
     ours, base = _checked(*ours), _checked(*base)
     sizes = [[len(scores) for scores in pair] for pair in (ours, base)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"a paired difference needs scores of the same images, got {sizes[0]} and {sizes[1]} "
-                         "inside and outside")
+        raise ValueError(f"a paired difference needs scores of the same images, got {sizes[0]} and "
+                         f"{sizes[1]} of them inside and outside")
     def difference(i, j):
         return _rates(ours[0][i], ours[1][j])["auroc"] - _rates(base[0][i], base[1][j])["auroc"]
     again = [difference(i, j) for i, j in _resamples(*sizes[0], seed, repeats)]
-    return Measured(difference(slice(None), slice(None)), float(np.std(again, ddof=1)), n=sum(sizes[0]), unit="1")
+    everything = slice(None)
+    return Measured(difference(everything, everything), float(np.std(again, ddof=1)), n=sum(sizes[0]),
+                    unit="1")
