@@ -27,6 +27,7 @@ from ncp_vae.models.hierarchical import DenseHierarchy
 from ncp_vae.models.nvae import NVAE, NVAEConfig
 from ncp_vae.models.priors import GaussianMixture
 from ncp_vae.models.ratios import ConvRatio, MLPRatio
+from ncp_vae.ood import bounds_above
 from ncp_vae.partition import AIS, Bridge, ReverseAIS, bridge
 from ncp_vae.prior import NoiseContrastivePrior, estimate_log_mean
 from ncp_vae.sampling import (HMC, ISIR, MALA, SIR, SMC, JointLangevin, JointMALA, Langevin, effective_sample_size, law_gap,
@@ -119,6 +120,7 @@ CALLS = {
     "a walk of the prior": lambda ncp, x: ncp.vae.sample(2, generator=rng()),
     "a walk of the posterior, and its replay": posterior_and_replay,
     "elbo": lambda ncp, x: tuple(elbo(ncp.vae, x, rng())),
+    "L>k": lambda ncp, x: bounds_above(ncp, x, 2, rng()),
     "iwae under log Z": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.normalised_log_ratio, rng()),
     "iwae under SIR's density": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.sir_log_ratio(3, rng()), rng()),
     "a step of NCE": nce_step(),

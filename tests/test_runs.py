@@ -34,6 +34,24 @@ def test_the_hierarchical_run_takes_an_nvae(command, tmp_path):
     assert {"loss_1", "loss_2", "nll_gain", "mmd2_budgets", "frechet_most"} <= set(metrics) and "loss_3" not in metrics
 
 
+def test_the_ood_run_takes_colour_images_and_refuses_another_shape(command, tmp_path):
+    "An NVAE with a Normal likelihood, whose images are not binarised. One metric for each score of 3 groups under 3 priors."
+    small = dict(dataset="photos32", model="nvae:photos32", vae_steps=3, ratio_width=4, ncp_steps=2, ebm_steps=2, chain=1, batch_size=16,
+                 validation_images=32, test_images=32, num_samples=1, repeats=3)
+    def run(out, **given):
+        command("ncp-vae", "run", "ood", *(f"-p{name}={value}" for name, value in {**small, **given}.items()), "--out", tmp_path / out, cwd=tmp_path)
+    run("run")
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    scores = ["L>0", "L>1", "L>2", "LLR>1", "LLR>2"]
+    expected = {f"{what}_{score}_{name}" for what in ("auroc", "auprc", "fpr80") for name in ("base", "ncp", "ebm") for score in scores}
+    expected |= {f"{what}_log_r_{name}" for what in ("auroc", "auprc", "fpr80") for name in ("ncp", "ebm")}
+    expected |= {f"gain_{score}_{name}" for name in ("ncp", "ebm") for score in scores}
+    assert set(record["metrics"]) == expected and record["data"] == "photos32 / turned"
+    assert all(metric["n"] == 64 and metric["paper"] is None for metric in record["metrics"].values())
+    with pytest.raises(pytest.fail.Exception, match=r"shape of photos32, \(3, 32, 32\); those of digits have \(1, 8, 8\)"):
+        run("refused", outside="digits")
+
+
 def test_the_images_run_takes_the_vae_of_another(command, tmp_path):
     "Other ratios on the same VAE, which the first run has stored; and a run on other data is refused."
     small = dict(dataset="digits", model="nvae:digits", vae_steps=4, vae_batch=32, ncp_steps=3, ncp_batch=32, ncp_width=4, validation_images=32,
