@@ -374,7 +374,7 @@ def with_flows(tmp_path, monkeypatch):
     for name, cell in CELLS.items():
         cells = [dict(cell_type="code", source=cell, metadata=dict(tags=["parameters"]))]
         (folder / f"{name}.ipynb").write_text(json.dumps(dict(cells=cells)))
-        (folder / f"{name}.yaml").write_text("cpu: {}\nfull: {epochs: 2400}\n" if name == "flows" else "cpu: {}\nfull: {dataset: cifar10}\n")
+        (folder / f"{name}.yaml").write_text("cpu: {}\nfull: " + ("{epochs: 2400}" if name in ("flows", "frozen") else "{dataset: cifar10}"))
     monkeypatch.setenv("NCP_VAE_HOME", str(tmp_path / "home"))
     return tmp_path / "results"
 
