@@ -47,7 +47,10 @@ _PUBLISHED = {       # contents of a published file: number of images or labels,
         (50_000, "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"),
     "static_mnist/binarized_mnist_test.amat":
         (10_000, "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"),
-    "omniglot/chardata.mat": (24_345, "21ecaf34373511aa7691cf2e0802aa3d"),
+    "omniglot/chardata.mat": (24_345, "21ecaf34373511aa7691cf2e0802aa3d")}
+
+# %% ../../nbs/engine/data.ipynb #ee3c0f75
+_PUBLISHED |= {
     "cifar10/data_batch_1": (None, "c99cafc152244af753f735de768cd75f"),
     "cifar10/data_batch_2": (None, "d4bba439e000b95fd0a9bffe97cbabec"),
     "cifar10/data_batch_3": (None, "54ebc095f3ab1f0389bbae665268c751"),

@@ -44,7 +44,8 @@ _PAPERS = [json.loads(files("ncp_vae.engine").joinpath(f"{name}.json").read_text
 EXPERIMENTS = {key: asked for paper in _PAPERS for key, asked in paper["experiments"].items()}
 ITEMS = {name: _item(name, fields, EXPERIMENTS)
          for paper in _PAPERS for name, fields in paper["items"].items()}
-CLAIMS = [SimpleNamespace(**{"than": "", **fields}) for paper in _PAPERS for fields in paper["claims"]]
+CLAIMS = [SimpleNamespace(**{"than": "", "better": "lower", **fields})
+          for paper in _PAPERS for fields in paper["claims"]]
 SOURCES = {paper["called"]: paper["source"] for paper in _PAPERS}
 ELSEWHERE = {name: place for paper in _PAPERS for name, place in paper["elsewhere"].items()}
 DATA, TEST_IMAGES, NOTEBOOKS, MEASURES, PUT_RIGHT, SAMPLERS, PRIORS = (_PAPERS[0][name] for name in (

@@ -175,6 +175,8 @@ def _gain(claim: SimpleNamespace, names: list[str], run: SimpleNamespace) -> Mea
     if recorded and None not in recorded:
         return _difference(*recorded) if claim.than else recorded[0]
     sides = [run.metrics[name] for name in names if name in run.metrics]
+    if claim.better == "higher":
+        sides.reverse()
     return _difference(*sides) if len(sides) == 2 else None
 
 def _row(claim: SimpleNamespace, family: list, own: bool) -> SimpleNamespace | None:
@@ -437,18 +439,19 @@ _MADE = "<!-- Made by `ncp-vae report` from results/ and the papers' numbers: ch
 _READING = """\
 Other data and smaller nets than the paper's: they can show that an effect is there, and say nothing about
 the paper's numbers. ± is one standard error of one seed. Gains are paired, by image or by the blocks of the
-real images, except Table 6's, which are differences of two shares, those of EBM Table 1 and 2, of two
-distances, and that of a prior over a posterior, which is one of two gains. *Seeds* is the deviation between
-seeds, which that error does not hold. *Seen* wants 2.5 of the larger of the two, *soft* is 2 to 2.5, ≈ is
-within 2; a fraction without ± is judged as one of n independent draws. *In the paper* is what is printed of
-the same kind of model and data, after the paper's own training. A *bound* lies on its side of the true value
-by proof, in expectation; an *estimate* hangs on log Z, whose error is in it. *Feature distance* is the
-Fréchet distance on features of a classifier that this project trains, whitened, *raw feature distance* the
-same as they are: neither is a FID, they must not be mixed, and a distance compares with nothing outside its
-row, since it depends on the number of images, n. *Doubts*: a k-hat above its threshold, and log mean ratios
-(log Z is one) that are known to no better than 0.1 nats. A recall above that of the reconstructions is no
-merit: samples that lie far apart have large balls, which cover real images (*features*, "two ways to be
-wrong"). † is by a measure that was put right since:"""
+real images, except those of samplers, differences of two shares, of a score over another, of two AUROCs, and
+those of a prior over a posterior, of a wider EBM over a narrow one and of an EBM over a larger generator,
+which are of two gains. *Seeds* is the deviation between seeds, which that error does not hold. *Seen* wants
+2.5 of the larger of the two, *soft* is 2 to 2.5, ≈ is within 2; a fraction without ± is judged as one of n
+independent draws. *In the paper* is what is printed of the same kind of model and data, after the paper's
+own training. A *bound* lies on its side of the true value by proof, in expectation; an *estimate* hangs on
+log Z, whose error is in it. *Feature distance* is the Fréchet distance on features of a classifier that this
+project trains, whitened, *raw feature distance* the same as they are: neither is a FID, they must not be
+mixed, and a distance compares with nothing outside its row, since it depends on the number of images, n.
+*Doubts*: a k-hat above its threshold, and log mean ratios (log Z is one) that are known to no better than
+0.1 nats. A recall above that of the reconstructions is no merit: samples that lie far apart have large
+balls, which cover real images (*features*, "two ways to be wrong"). † is by a measure that was put right
+since:"""
 
 # %% ../../nbs/engine/report.ipynb #497cdece
 def _circumstances(runs: list, others: list[list[str]], results: str) -> str:
