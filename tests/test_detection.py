@@ -21,8 +21,8 @@ def test_a_set_that_is_counted():
     found = detection([1.0, 3.0], [2.0, 4.0])
     assert found["auroc"].value == 0.75 and found["auprc"].value == pytest.approx((1 + 2 / 3) / 2)
     assert found["fpr80"].value == 0.5 and set(found) == {"auroc", "auprc", "fpr80"}
-    for measured in found.values():
-        assert (measured.kind, measured.n, measured.unit) == ("estimate", 4, "1")
+    for name, measured in found.items():
+        assert (measured.kind, measured.n, measured.unit) == ("estimate", 4, name.upper())
 
 
 def test_higher_means_stranger():
@@ -93,7 +93,7 @@ def test_a_paired_gain():
     assert gain.value == pytest.approx(found[0].value - found[1].value, abs=1e-11) and gain.value > 0
     assert 0 < gain.std_error < 0.4 * np.hypot(found[0].std_error, found[1].std_error)
     assert auroc_gain(base, better, seed=1, repeats=60).value == -gain.value
-    assert (gain.n, gain.unit, gain.kind) == (200, "1", "estimate")
+    assert (gain.n, gain.unit, gain.kind) == (200, "AUROC", "estimate")
 
 
 @pytest.mark.parametrize("inside, outside, message", [

@@ -2,7 +2,7 @@
 
 The preset's model, data set, precision, learning rates and widths of the VAE are kept. Given by hand, in each test: the numbers of
 steps, images, draws and proposals; compile=false, since compiling takes minutes on a CPU; and a random stub of the FID network's
-weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The four large ones are
+weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The five large ones are
 stopped after their first steps, since sampling from them takes minutes on a CPU."""
 import json
 import signal
@@ -139,6 +139,13 @@ def test_joint_ebm(command, weights, tmp_path):
                    sample_batch=2, likelihood_images=2)
     assert {("vae", 1), ("ncp", 1), ("ebm", 1)} <= {(row["stage"], row["step"]) for row in rows}
     assert all("log_r_model" in row for row in rows if row["stage"] == "ebm")
+
+
+def test_ood(command, tmp_path):
+    "CIFAR-10's NVAE of 30 groups on two photographs and the same upside down: torchvision takes only CIFAR-10's and SVHN's own files."
+    rows = stopped(command, tmp_path, "ebm.ckpt", "ood", dataset="photos32", outside="", vae_steps=1, ncp_steps=1, ebm_steps=1, chain=1,
+                   batch_size=2, ratio_width=4, validation_images=32, test_images=32)
+    assert {("vae", 1), ("ncp", 1), ("ebm", 1)} <= {(row["stage"], row["step"]) for row in rows}
 
 
 def test_studies(command, tmp_path):

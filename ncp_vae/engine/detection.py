@@ -58,7 +58,7 @@ def detection(inside, outside, seed: int = 0, repeats: int = 200) -> dict[str, M
     again = [_rates(inside[i], outside[j])
              for i, j in _resamples(len(inside), len(outside), seed, repeats)]
     return {name: Measured(value, float(np.std([row[name] for row in again], ddof=1)),
-                           n=len(inside) + len(outside), unit="1")
+                           n=len(inside) + len(outside), unit=name.upper())
             for name, value in _rates(inside, outside).items()}
 
 # %% ../../nbs/engine/detection.ipynb #80c886a8
@@ -77,4 +77,4 @@ def auroc_gain(ours, base, seed: int = 0, repeats: int = 200) -> Measured:
     again = [difference(i, j) for i, j in _resamples(*sizes[0], seed, repeats)]
     everything = slice(None)
     return Measured(difference(everything, everything), float(np.std(again, ddof=1)), n=sum(sizes[0]),
-                    unit="1")
+                    unit="AUROC")

@@ -92,11 +92,14 @@ def read_history(path: str | Path) -> list[dict]:
     "The rows of a JSON-lines history, of every stage, in the order in which they were written."
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
+
 def training_seconds(path: str | Path) -> float:
     "Of all attempts at the training that this history is about, each of which counts from zero."
     seconds = [row["seconds"] for row in read_history(path) if "seconds" in row]
     return sum(now for now, after in zip(seconds, [*seconds[1:], 0]) if after <= now)
 
+
+# %% ../../nbs/engine/plots.ipynb #e796dfd6
 _KNOWS_NOTHING = 2 * log(2)    # the loss of one group's classifier that does, in nats
 
 def history_panels(path: str | Path) -> plt.Figure:
@@ -115,7 +118,7 @@ def history_panels(path: str | Path) -> plt.Figure:
                      for row in rows if row["stage"].startswith(stage))
         ax.set(title=f"stage {stage}", xlabel="step",
                ylabel=f"loss, sum of {groups} groups [nats]" if groups > 1 else "loss [nats]")
-        if stage != "vae":
+        if stage.startswith("ncp"):
             ax.axhline(max(1, groups) * _KNOWS_NOTHING, color="0.7", ls=":")
     return fig
 
