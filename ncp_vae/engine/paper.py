@@ -48,8 +48,8 @@ CLAIMS = [SimpleNamespace(**{"than": "", "better": "lower", **fields})
           for paper in _PAPERS for fields in paper["claims"]]
 SOURCES = {paper["called"]: paper["source"] for paper in _PAPERS}
 ELSEWHERE = {name: place for paper in _PAPERS for name, place in paper["elsewhere"].items()}
-DATA, TEST_IMAGES, NOTEBOOKS, MEASURES, PUT_RIGHT, SAMPLERS, PRIORS = (_PAPERS[0][name] for name in (
-    "data", "test_images", "notebooks", "measures", "put_right", "samplers", "priors"))
+DATA, TEST_IMAGES, NOTEBOOKS, MEASURES, PUT_RIGHT, SAMPLERS = (_PAPERS[0][name] for name in (
+    "data", "test_images", "notebooks", "measures", "put_right", "samplers"))
 
 # %% ../../nbs/engine/paper.ipynb #ce148918
 def item(name: str) -> SimpleNamespace:

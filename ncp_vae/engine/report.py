@@ -229,13 +229,13 @@ def columns(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 # %% ../../nbs/engine/report.ipynb #4ec94b24
-_COLUMNS = {"nll": "NLL [nats]", "gain": "gain [nats]", "distance": "distance",
-            "lower_by": "nearer than the base by", "told_apart": "told apart", "mmd2": "MMD² of latents",
-            "train_seconds": "s to train", "seconds": "ms a sample", "parameters": "parameters"}
+def _how_compared(family: list) -> dict:
+    "Columns, names of priors, and which numbers are likelihoods and distances; empty where none compare."
+    return paper.NOTEBOOKS.get(family[0].experiment, {}).get("compared", {})
 
-def _frozen(runs: list) -> list[list[SimpleNamespace]]:
+def _compared(runs: list) -> list[list[SimpleNamespace]]:
     "The families of runs that compare priors on one frozen VAE."
-    return _families([run for run in runs if run.experiment == "frozen"])
+    return [family for family in _families(runs) if _how_compared(family)]
 
 def _of_seeds(family: list, name: str, usual: int | None = None) -> str:
     """A number's mean over seeds with one seed's error, and the deviation between seeds; of a sample in ms.
@@ -253,42 +253,61 @@ def _of_seeds(family: list, name: str, usual: int | None = None) -> str:
 # %% ../../nbs/engine/report.ipynb #e084b487
 def _priors_of(family: list) -> list[str]:
     "The base, and the names under which a comparison recorded a gain over it."
-    return ["base", *(name.removeprefix("gain_") for name in family[0].metrics if name.startswith("gain_"))]
+    gain = f"{_how_compared(family)['likelihood']}_"
+    return ["base", *(name.removeprefix(gain) for name in family[0].metrics if name.startswith(gain))]
 
 def _priors(runs: list) -> str:
     "For each frozen VAE a table of the priors on it: their likelihood, their samples, their costs."
     parts = []
-    for family in _frozen(runs):
-        names = _priors_of(family)
+    for family in _compared(runs):
+        names, how = _priors_of(family), _how_compared(family)
         usual = {what: next((one.n for name in names if (one := _mean(family, f"{what}_{name}")) and one.n),
-                            None) for what in _COLUMNS}
+                            None) for what in how["columns"]}
         heads = [title + (f" (n = {usual[what]:,})" if usual[what] else "")
-                 for what, title in _COLUMNS.items()]
-        lines = [[paper.PRIORS.get(name, name),
-                  *(_of_seeds(family, f"{what}_{name}", usual[what]) for what in _COLUMNS)] for name in names]
+                 for what, title in how["columns"].items()]
+        lines = [[how["priors"].get(name, name),
+                  *(_of_seeds(family, f"{what}_{name}", usual[what]) for what in usual)] for name in names]
         parts += [f"**{_about(family[0], 'model')}, on {_label(family)}.**", _table(["prior", *heads], lines)]
     return "\n\n".join(parts) or "No run."
 
 # %% ../../nbs/engine/report.ipynb #83da128f
-def _leader(family: list, what: str) -> str:
-    "The prior with the largest mean of a number, how large, and how far it is ahead of the next."
+def _leader(family: list, kind: str) -> str:
+    "The prior that gains most in likelihood or distance, how much, and how far it is ahead of the next."
+    how = _how_compared(family)
+    what, called = how[kind], how["priors"]
     found = {name: [run.metrics[key] for run in family] for name in _priors_of(family)
              if all((key := f"{what}_{name}") in run.metrics for run in family)}
     first, *rest = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=True) or [""]
     if not first or _over_seeds(found[first])[0].value <= 0:
         return "the base"
-    text = (f"{paper.PRIORS.get(first, first)}, by {_of_seeds(family, f'{what}_{first}')} "
+    text = (f"{called.get(first, first)}, by {_of_seeds(family, f'{what}_{first}')} "
             f"{found[first][0].unit}")
     for second in rest[:1]:
         lead, spread = _over_seeds(list(map(_difference, found[first], found[second])))
-        text += (f", {lead.short(' ± ')}{_MARKS[_answer(lead, spread)]} ahead of "
-                 f"{paper.PRIORS.get(second, second)}")
+        text += f", {lead.short(' ± ')}{_MARKS[_answer(lead, spread)]} ahead of {called.get(second, second)}"
     return text
 
 def _leaders(family: list) -> str:
     "The verdict on a comparison of priors: which has the best likelihood, and which the lowest distance."
     return (f"- **Priors on one frozen VAE,** a comparison of ours, on {_label(family)}: the best likelihood "
-            f"has {_leader(family, 'gain')}; the lowest distance has {_leader(family, 'lower_by')}.")
+            f"has {_leader(family, 'likelihood')}; the lowest distance has {_leader(family, 'distance')}.")
+
+# %% ../../nbs/engine/report.ipynb #ed3db774
+def _strange(runs: list) -> str:
+    "For each run of `ood` a table: the AUROC of every score under every prior, and paired gains on the base."
+    parts = []
+    for family in _families([run for run in runs if run.experiment == "ood"]):
+        names = [name.split("_", 1)[1] for name in family[0].metrics if name.startswith("auroc_")]
+        scores = dict.fromkeys(name.rpartition("_")[0] for name in names)
+        priors = dict.fromkeys(name.rpartition("_")[2] for name in names)
+        columns = [f"auroc_{{}}_{prior}" for prior in priors]
+        columns += [f"gain_{{}}_{prior}" for prior in list(priors)[1:]]
+        heads = [prior.upper() if prior != "base" else prior for prior in priors]
+        lines = [[f"-{score}".replace("_", " ").replace("-LLR", "LLR"),
+                  *(_of_seeds(family, column.format(score)) for column in columns)] for score in scores]
+        parts += [f"**{_about(family[0], 'model')}, {_about(family[0], 'against')}, {_label(family)}; AUROC.**",
+                  _table(["score", *heads, *(f"{head} - base" for head in heads[1:])], lines)]
+    return "\n\n".join(parts) or "No run."
 
 # %% ../../nbs/engine/report.ipynb #2c3a7e73
 def _ranges(numbers: list[str]) -> str:
@@ -344,7 +363,7 @@ def _verdict(rows: list, runs: list) -> str:
           f"{_items(missing)}. What each needs stands under *Not run*. The lines that follow are about other "
           "data and smaller nets: they say whether an effect is there."] * bool(missing),
         *lines[False],
-        *(_leaders(family) for family in _frozen(runs)),
+        *(_leaders(family) for family in _compared(runs)),
         *[f"- **Worse under the NCP:** {'; '.join(worse)}."] * bool(worse),
         *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)])
 
@@ -471,6 +490,7 @@ def sections(runs: list, others: list[list[str]], results: str = "results") -> d
             "The papers' own experiments": _claim_tables([row for row in rows if row.own]),
             "Stand-ins": f"{_READING}\n{old}.\n\n{_claim_tables([row for row in rows if not row.own])}",
             "Priors on one frozen VAE": _priors(runs),
+            "Strange images": _strange(runs),
             "What proposals and steps buy": _samplers(runs),
             "Not run": _not_run(runs),
             "Pictures": _pictures(runs, results),
