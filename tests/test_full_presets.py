@@ -131,20 +131,21 @@ def test_images(command, weights, tmp_path):
 
 
 def test_joint_ebm(command, weights, tmp_path):
-    """CIFAR-10's NVAE of 30 groups on images of a folder, since torchvision takes only CIFAR-10's own files: until both energies are
-    trained."""
+    """On images of a folder, since torchvision takes only CIFAR-10's own files, and with the smallest NVAE of their shape, since the
+    preset's takes a batch of hundreds: until both energies are trained."""
     write_folder(tmp_path / "data", 30, (32, 32))
     rows = stopped(command, tmp_path, "ebm_longer.ckpt", "joint_ebm", data_root=tmp_path / "data", dataset="folder", side=32, **weights,
-                   vae_steps=1, validation_images=4, ncp_steps=1, ratio_batch=2, ratio_width=4, chain_steps=1, limit=20, proposals=2,
-                   sample_batch=2, likelihood_images=2)
+                   model="nvae:photos32", vae_steps=1, validation_images=4, ncp_steps=1, ratio_batch=2, ratio_width=4, chain_steps=1,
+                   limit=20, proposals=2, sample_batch=2, likelihood_images=2)
     assert {("vae", 1), ("ncp", 1), ("ebm", 1)} <= {(row["stage"], row["step"]) for row in rows}
     assert all("log_r_model" in row for row in rows if row["stage"] == "ebm")
 
 
 def test_ood(command, tmp_path):
-    "CIFAR-10's NVAE of 30 groups on two photographs and the same upside down: torchvision takes only CIFAR-10's and SVHN's own files."
-    rows = stopped(command, tmp_path, "ebm.ckpt", "ood", dataset="photos32", outside="", vae_steps=1, ncp_steps=1, ebm_steps=1, chain=1,
-                   batch_size=2, ratio_width=4, validation_images=32, test_images=32)
+    """On two photographs and the same upside down: torchvision takes only CIFAR-10's and SVHN's own files. With the smallest NVAE of
+    their shape, since the preset's takes a batch of hundreds."""
+    rows = stopped(command, tmp_path, "ebm.ckpt", "ood", dataset="photos32", outside="", model="nvae:photos32", vae_steps=1, ncp_steps=1,
+                   ebm_steps=1, chain=1, batch_size=2, ratio_width=4, validation_images=32, test_images=32)
     assert {("vae", 1), ("ncp", 1), ("ebm", 1)} <= {(row["stage"], row["step"]) for row in rows}
 
 
