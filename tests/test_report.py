@@ -16,7 +16,7 @@ from ncp_vae.engine.parameters import find_experiment, home, notebooks, params_f
 from ncp_vae.measured import Measured
 
 ROOT = Path(__file__).parents[1]
-TO_COME = {"flows", "joint_ebm", "ood"}     # claims that no record speaks to yet; a first record of it must take it from here
+TO_COME = {"RealNVP Table 3", "RealNVP Table B.6", "EBM Table 2", "EBM Table 4"}     # claims that no record speaks to yet; the first must take it from here
 GAIN = {"nll_base": dict(value=229.2, std_error=0.76, kind="upper bound", n=10000),
         "nll_ncp": dict(value=228.96, std_error=0.75, n=10000),
         "nll_gain": dict(value=0.2351, std_error=0.0051, n=10000)}
@@ -242,7 +242,7 @@ def test_what_got_worse_stands_in_the_row_and_in_the_verdict(tmp_path):
     (row,) = table(parts["Stand-ins"])
     assert row["distance, lower is better"] == "2.00 ± 0.10 → 2.50 ± 0.10 (n = 500) (**worse**)"
     assert row["MMD² of latents, lower is better"] == "0.20 ± 0.10 → 0.25 ± 0.10 (≈)"
-    (line,) = [line for line in parts["Verdict"].splitlines() if "Worse" in line]
+    (line,) = [line for line in parts["Verdict"].splitlines() if "got worse" in line]
     assert "distance 2.00 ± 0.10 → 2.50 ± 0.10 on Fashion-MNIST (`mine`)" in line and "MMD" not in line
 
 
@@ -533,7 +533,7 @@ def test_every_claim_is_about_items_numbers_and_runs_that_there_are():
         assert set(claim.items) <= set(paper.ITEMS) and claim.notebook in paper.NOTEBOOKS
         assert set(claim.also) <= set(paper.MEASURES) and paper.printed(claim)
         spoken = any(row.claim is claim for row in report._rows(runs))
-        assert spoken != (claim.notebook in TO_COME) and (spoken <= (claim.notebook in notebooks())), claim.says
+        assert spoken != bool(TO_COME & set(claim.items)) and (spoken <= (claim.notebook in notebooks())), claim.says
     for run in runs:
         assert run.experiment in paper.NOTEBOOKS and "{" not in report._about(run, "model") + report._about(run, "against")
 

@@ -160,7 +160,7 @@ def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
     names = {name: [f"{name}_{prior}" for prior in claim.pair] for name in paper.MEASURES}
     for name, (title, better) in paper.MEASURES.items():
         old, new = (_mean(family, one) for one in names[name])
-        if old and new and names[name][0] != claim.base:
+        if old and new and better and names[name][0] != claim.base:
             answer = _answer(_difference(new, old) if better == "higher" else _difference(old, new))
             floor = _mean(family, f"{name}_reconstruction")
             beside = f", reconstructions {floor.short(' ± ')}" if floor else ""
@@ -364,7 +364,7 @@ def _verdict(rows: list, runs: list) -> str:
           "data and smaller nets: they say whether an effect is there."] * bool(missing),
         *lines[False],
         *(_leaders(family) for family in _compared(runs)),
-        *[f"- **Worse under the NCP:** {'; '.join(worse)}."] * bool(worse),
+        *[f"- **What got worse:** {'; '.join(worse)}."] * bool(worse),
         *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)])
 
 # %% ../../nbs/engine/report.ipynb #c35de6c7
