@@ -108,8 +108,8 @@ def _described(model: nn.Module) -> dict:
     described = _plain(model, seen)
     lent = [type(module).__name__ for module in seen.keys() - set(model.modules())]
     if lent:
-        raise ValueError(f"{type(model).__name__} cannot be stored alone: it uses a {lent[0]} that is no part "
-                         "of it, so its weights would be lost. Store the model that holds both")
+        raise ValueError(f"{type(model).__name__} cannot be stored alone: it uses a {lent[0]} that is no "
+                         "part of it, so its weights would be lost. Store the model that holds both")
     _built(described, [type(module) for module in model.modules()], [])
     return described
 

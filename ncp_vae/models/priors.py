@@ -167,7 +167,7 @@ def _some_of(images, n: int, generator: torch.Generator) -> Tensor:
 
 # %% ../../nbs/models/priors.ipynb #e33ab914
 class VampPrior(nn.Module):
-    """A law for `WithPriors`: p(z) = 1/J sum_j q(z | u_j), q the posterior of `vae`. `from_images` starts one.
+    """A law for `WithPriors`: p(z) = 1/J sum_j q(z | u_j), q the posterior of `vae`. See `from_images`.
 
     vae: of one latent group; borrowed, its weights are no part of this module. logits: [J, *image], the
     pseudo-inputs before the sigmoid. ValueError for another number of groups, or J < 1."""

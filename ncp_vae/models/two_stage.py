@@ -54,17 +54,20 @@ class _Climbed(Distribution):
 
 # %% ../../nbs/models/two_stage.ipynb #524f60bf
 class _Waiting(Distribution):
-    "q(z | x), whose draw is the z that waits under the u of a `_Climbed`: batch [B], event of z."
+    """q(z | x), whose draw is the z that waits under the u of a `_Climbed`: batch [B], event of z.
+
+    chosen: the u that the walk has taken, [B, *event of u]."""
     arg_constraints: dict = {}
 
-    def __init__(self, above: _Climbed):
+    def __init__(self, above: _Climbed, chosen: Tensor):
         super().__init__(above.lower.batch_shape, above.lower.event_shape, validate_args=False)
         self.above = above
+        self.chosen = chosen
         self.has_rsample = above.has_rsample
 
     def rsample(self, sample_shape=()) -> Tensor:
         "z: [B, *event]. ValueError where u was not drawn by the posterior, or for more than one draw."
-        if tuple(sample_shape) or self.above.z is None:
+        if tuple(sample_shape) or self.chosen is not self.above.u:
             raise ValueError("a two-stage posterior has one draw of z, made with that of u: the walk must "
                              "choose u by from_posterior")
         return self.above.z
@@ -78,20 +81,20 @@ class _Waiting(Distribution):
 # %% ../../nbs/models/two_stage.ipynb #e15b57da
 def _inner_walk(inner: TopDownVAE, meet: Callable[[Step], Tensor], step: Step) -> Tensor:
     "z of the outer VAE's `step`, after `meet` has seen the steps of u and of z: [B, *event]."
-    of_u = of_z = None
+    of_u = None
     if step.posterior is not None:
         of_u = _Climbed(step.posterior, partial(posterior_of, inner), inner.latent_shapes[0])
-        of_z = _Waiting(of_u)
     trace = inner.walk(lambda above: meet(replace(above, posterior=of_u)), n=step.prior.batch_shape[0])
-    return meet(Step(1, trace.latents[0], trace.likelihood, of_z))
+    u = trace.latents[0]
+    return meet(Step(1, u, trace.likelihood, of_u and _Waiting(of_u, u)))
 
 # %% ../../nbs/models/two_stage.ipynb #dddfb443
 class TwoStage(TopDownVAE):
-    """u, then z, then the image: the inner VAE's walk, whose image is z, in the place of the outer one's prior.
+    """u, z, then the image: the inner VAE's walk, whose image is z, in the place of the outer one's prior.
 
     outer: a VAE of images, inner: one of the outer one's latents, each of one group. An outer VAE whose
-    parameters need no gradient stays in eval mode. The posterior draws z before u: it has a density only
-    at its own draws, and the terms of `elbo` are log q(u | z) - log p(u) and log q(z | x) - log p(z | u).
+    parameters need no gradient stays in eval mode. The posterior draws z before u: u has a density only
+    at its own draw, and the terms of `elbo` are log q(u | z) - log p(u) and log q(z | x) - log p(z | u).
     ValueError for another number of groups."""
 
     def __init__(self, outer: TopDownVAE, inner: TopDownVAE):
