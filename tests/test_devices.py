@@ -36,7 +36,7 @@ from ncp_vae.sampling import (HMC, ISIR, MALA, SIR, SMC, JointLangevin, JointMAL
 from ncp_vae.walk import Trace, WithPriors, diagonal_normal, from_posterior, replay
 
 SMALL = NVAEConfig((1, 8, 8), (1, 1), channels=2, blocks=0, cells_per_block=1, latent_channels=2, cells_per_group=1)
-SIDES = {"flat": 4, "two groups": 4, "NVAE": 8, "mixture": 4, "vamp": 4, "two stages": 4}           # the models, and the pixels a side of their images
+SIDES = {"flat": 4, "two groups": 4, "NVAE": 8, "mixture": 4, "vamp": 4, "two stages": 4}     # the models; pixels a side of their images
 
 
 def vae_named(name):
@@ -417,7 +417,8 @@ def of_training(places):
 # Of the three the loop's own: the batch goes over, its numbers are looked at, and so are the loss and its gradient.
 STEPS = {"flat": ({"bound._check_support": 1}, {}), "two groups": ({"bound._check_support": 1}, {}),
          "NVAE": ({"bound._check_support": 1, "models.spectral.forward": 1}, {}),
-         "mixture": ({"bound._check_support": 1, "models.priors.__init__": 1}, {"models.priors.__init__": 1, "models.priors.sample": 5})}
+         "mixture": ({"bound._check_support": 1, "models.priors.__init__": 1}, {"models.priors.__init__": 1, "models.priors.sample": 5}),
+         "vamp": ({"bound._check_support": 1}, {"holes.draw_of_densities": 4}), "two stages": ({"bound._check_support": 1}, {})}
 
 
 @pytest.mark.parametrize("name", STEPS)

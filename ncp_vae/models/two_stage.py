@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from .config import configured
 from .flat import DenseVAE
 from .priors import posterior_of
-from ..walk import Step, TopDownVAE, Trace, diagonal_normal, draw
+from ..walk import Step, TopDownVAE, Trace, at_least_float32, diagonal_normal, draw
 
 # %% ../../nbs/models/two_stage.ipynb #bcf2ebd4
 class _Climbed(Distribution):
@@ -142,5 +142,5 @@ class LatentVAE(DenseVAE):
         self.log_sigma = nn.Parameter(torch.full(shape, -2.0))
 
     def likelihood(self, u: Tensor):
-        mean = super().likelihood(u).mean
+        mean = at_least_float32(self.decoder(u)).view(-1, *self.image_shape)
         return diagonal_normal(mean, self.log_sigma.exp().expand_as(mean))
