@@ -37,6 +37,16 @@ def log_sum_of_densities(laws: list[Distribution], z: Tensor, left_out: Tensor |
         parts.append(torch.stack(terms).logsumexp(0))
     return torch.cat(parts)
 
+def draw_of_densities(laws: list[Distribution], n: int, device: torch.device) -> Tensor:
+    "n independent draws of the mean of all rows of laws: a row at random, then its law. [n, *event]."
+    sizes = [law.batch_shape[0] for law in laws]
+    times = torch.randint(sum(sizes), (n,), device=device).bincount(minlength=sum(sizes))
+    parts = []
+    for law, count in zip(laws, times.split(sizes)):
+        z = law.sample((int(count.max()),))                              # [most, rows, *event]
+        parts.append(z[torch.arange(len(z), device=device)[:, None] < count])
+    return torch.cat(parts)[torch.randperm(n, device=device)]
+
 # %% ../nbs/theory/03_prior_hole.ipynb #849f2afb
 class AggregatePosterior:
     """q(z) = (1/N) sum_n q(z | x_n) of a flat VAE, exactly: a mixture of N posteriors (section 2).
@@ -71,12 +81,7 @@ class AggregatePosterior:
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         "n independent draws: an image at random, then its posterior. [n, *event]."
         with torch.no_grad(), seeded(generator):
-            times = torch.randint(self.n, (n,), device=self.device).bincount(minlength=self.n)
-            parts = []
-            for q, count in zip(self.posteriors, times.split(_PIECE)):
-                z = q.sample((int(count.max()),))                            # [most, B, *event]
-                parts.append(z[torch.arange(len(z), device=z.device)[:, None] < count])
-            return torch.cat(parts)[torch.randperm(n, device=self.device)]
+            return draw_of_densities(self.posteriors, n, self.device)
 
 # %% ../nbs/theory/03_prior_hole.ipynb #362c02de
 def scored_prior_draws(q: AggregatePosterior, n: int,

@@ -25,8 +25,9 @@ from ncp_vae.engine.train import NCELoss, fit_ncp, fit_vae
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.hierarchical import DenseHierarchy
 from ncp_vae.models.nvae import NVAE, NVAEConfig
-from ncp_vae.models.priors import GaussianMixture
+from ncp_vae.models.priors import GaussianMixture, VampPrior
 from ncp_vae.models.ratios import ConvRatio, MLPRatio
+from ncp_vae.models.two_stage import LatentVAE, TwoStage
 from ncp_vae.ood import bounds_above
 from ncp_vae.partition import AIS, Bridge, ReverseAIS, bridge
 from ncp_vae.prior import NoiseContrastivePrior, estimate_log_mean
@@ -35,13 +36,16 @@ from ncp_vae.sampling import (HMC, ISIR, MALA, SIR, SMC, JointLangevin, JointMAL
 from ncp_vae.walk import Trace, WithPriors, diagonal_normal, from_posterior, replay
 
 SMALL = NVAEConfig((1, 8, 8), (1, 1), channels=2, blocks=0, cells_per_block=1, latent_channels=2, cells_per_group=1)
-SIDES = {"flat": 4, "two groups": 4, "NVAE": 8, "mixture": 4}           # the models, and the pixels a side of their images
+SIDES = {"flat": 4, "two groups": 4, "NVAE": 8, "mixture": 4, "vamp": 4, "two stages": 4}     # the models; pixels a side of their images
 
 
 def vae_named(name):
     torch.manual_seed(0)
-    if name == "flat":
-        return DenseVAE((1, 4, 4), 2, (8,))
+    if name in ("flat", "vamp", "two stages"):
+        flat = DenseVAE((1, 4, 4), 2, (8,))
+        over = {"flat": lambda: flat, "two stages": lambda: TwoStage(flat, LatentVAE((2,), hidden=(8,))),
+                "vamp": lambda: WithPriors(flat, [VampPrior.from_images(flat, torch.rand(9, 1, 4, 4), 5)])}
+        return over[name]()
     if name == "NVAE":
         return NVAE(SMALL)
     deep = DenseHierarchy((1, 4, 4), groups=2, latent_dim=2, hidden=8, width=8)
@@ -413,7 +417,8 @@ def of_training(places):
 # Of the three the loop's own: the batch goes over, its numbers are looked at, and so are the loss and its gradient.
 STEPS = {"flat": ({"bound._check_support": 1}, {}), "two groups": ({"bound._check_support": 1}, {}),
          "NVAE": ({"bound._check_support": 1, "models.spectral.forward": 1}, {}),
-         "mixture": ({"bound._check_support": 1, "models.priors.__init__": 1}, {"models.priors.__init__": 1, "models.priors.sample": 5})}
+         "mixture": ({"bound._check_support": 1, "models.priors.__init__": 1}, {"models.priors.__init__": 1, "models.priors.sample": 5}),
+         "vamp": ({"bound._check_support": 1}, {"holes.draw_of_densities": 4}), "two stages": ({"bound._check_support": 1}, {})}
 
 
 @pytest.mark.parametrize("name", STEPS)

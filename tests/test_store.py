@@ -134,7 +134,7 @@ def test_a_strangers_class_is_taken_from_the_caller_only(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     for place in ("os:system", "ncp_vae.engine.store:shutil", "torch.nn.modules.module:torch", "ncp_vae.walk:draw"):
         with pytest.raises(ValueError, match="not a class of this library"):
-            store._built({**manifest["model"], "module": place}, [])
+            store._built({**manifest["model"], "module": place}, [], [])
 
 
 def test_what_cannot_be_built_again_is_refused_before_anything_is_written(tmp_path):

@@ -42,14 +42,19 @@ def _arguments_of(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
 
 # %% ../../nbs/engine/store.ipynb #974b48ea
-def _plain(value: Any) -> Any:
-    "A value as JSON can hold it; ValueError where it is none that `_built` could make again."
+def _plain(value: Any, seen: dict[nn.Module, int]) -> Any:
+    """A value as JSON can hold it; ValueError where it is none that `_built` could make again.
+
+    seen: the modules so far and their numbers, in the order in which they are finished."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple, nn.ModuleList)):
-        return [_plain(item) for item in value]
+        return [_plain(item, seen) for item in value]
     if isinstance(value, nn.Module):
-        arguments = {name: _plain(item) for name, item in _arguments_of(value).items()}
+        if value in seen:
+            return {"again": seen[value]}
+        arguments = {name: _plain(item, seen) for name, item in _arguments_of(value).items()}
+        seen[value] = len(seen)
         return {"module": _path_of(type(value)), "arguments": arguments}
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -76,20 +81,37 @@ def _class_at(path: str, classes: Sequence[type]) -> type:
                      f"pass it, classes=[{name}]")
 
 # %% ../../nbs/engine/store.ipynb #6d536faf
-def _built(value: Any, classes: Sequence[type]) -> Any:
-    "What `_plain` was given; a tensor of zeros, and a module with fresh weights."
+def _built(value: Any, classes: Sequence[type], made: list[nn.Module]) -> Any:
+    """What `_plain` was given; a tensor of zeros, and a module with fresh weights.
+
+    made: the modules so far, by their numbers."""
     if isinstance(value, list):
-        return [_built(item, classes) for item in value]
+        return [_built(item, classes, made) for item in value]
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return torch.zeros(value["tensor"], dtype=getattr(torch, value["dtype"]))
+    if "again" in value:
+        return made[value["again"]]
     if "class" in value:
         return _class_at(value["class"], classes)
     if "config" in value:
         return _class_at(value["config"], classes).from_dict(value["values"])
-    arguments = {name: _built(item, classes) for name, item in value["arguments"].items()}
-    return _class_at(value["module"], classes)(**arguments)
+    arguments = {name: _built(item, classes, made) for name, item in value["arguments"].items()}
+    made.append(_class_at(value["module"], classes)(**arguments))
+    return made[-1]
+
+# %% ../../nbs/engine/store.ipynb #da5581f8
+def _described(model: nn.Module) -> dict:
+    "The whole model as plain values; ValueError where `load` could not make it again."
+    seen = {}
+    described = _plain(model, seen)
+    lent = [type(module).__name__ for module in seen.keys() - set(model.modules())]
+    if lent:
+        raise ValueError(f"{type(model).__name__} cannot be stored alone: it uses a {lent[0]} that is no "
+                         "part of it, so its weights would be lost. Store the model that holds both")
+    _built(described, [type(module) for module in model.modules()], [])
+    return described
 
 # %% ../../nbs/engine/store.ipynb #e30ef12f
 _FILES = ("manifest.json", "model.safetensors")
@@ -116,14 +138,13 @@ def save(model: nn.Module, folder: str | Path, about: dict | None = None) -> Pat
     """Write a model to a new folder: a VAE, a law, a ratio, or a prior with all that it stands on.
 
     about: plain values for the manifest. ValueError where the folder exists, or the model cannot be
-    built again from what it keeps."""
+    built again from what it keeps, or stands on a module that is no part of it."""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already: name a new folder")
     here = environment()
-    manifest = dict(model=_plain(model), about=about or {}, commit=here["commit"],
+    manifest = dict(model=_described(model), about=about or {}, commit=here["commit"],
                     python=here["python"], packages=here["packages"])
-    _built(manifest["model"], [type(module) for module in model.modules()])    # unreadable: unwritten
     with replacing(folder) as part:
         part.mkdir()
         weights = {name: value.detach().cpu().contiguous().clone()
@@ -144,8 +165,8 @@ def load(folder: str | Path, classes: Sequence[type] = ()) -> nn.Module:
     try:
         manifest = json.loads((folder / _FILES[0]).read_text(encoding="utf-8"))
         with torch.random.fork_rng(devices=[]):        # fresh weights are drawn, and overwritten
-            model = _built(manifest["model"], classes)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            model = _built(manifest["model"], classes, [])
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / _FILES[0]} describes no model: {error}") from error
     try:
         model.load_state_dict(load_file(folder / _FILES[1]))
