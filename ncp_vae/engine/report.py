@@ -305,7 +305,8 @@ def _strange(runs: list) -> str:
         heads = [prior.upper() if prior != "base" else prior for prior in priors]
         lines = [[f"-{score}".replace("_", " ").replace("-LLR", "LLR"),
                   *(_of_seeds(family, column.format(score)) for column in columns)] for score in scores]
-        parts += [f"**{_about(family[0], 'model')}, {_about(family[0], 'against')}, {_label(family)}; AUROC.**",
+        about = ", ".join([*(_about(family[0], name) for name in ("model", "against")), _label(family)])
+        parts += [f"**{about}; AUROC.**",
                   _table(["score", *heads, *(f"{head} - base" for head in heads[1:])], lines)]
     return "\n\n".join(parts) or "No run."
 
