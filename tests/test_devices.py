@@ -305,7 +305,7 @@ def planted(monkeypatch, module, name, text, instead=""):
     (hierarchy, "_systematic", ".to(edges)", ".double()", sampled(SMC(2))),
     (hierarchy, "_Particles", "device=z.device", "", sampled(SMC(2))),
     (chains, "evaluate", "z.detach()", "z.detach().cpu()", sampled(Langevin(2, 0.01))),
-    (prior, "_log_sir_weight", "logsigmoid(log_r - log_rest)", "logsigmoid(log_r - log_rest).cpu()",
+    (prior, "log_sir_weight", "logsigmoid(log_r - log_rest)", "logsigmoid(log_r - log_rest).cpu()",
      lambda ncp, x: iwae(ncp.vae, x, 2, ncp.sir_log_ratio(3)))])
 def test_a_planted_mixture_is_found(monkeypatch, module, name, text, instead, call):
     ncp, x = ncp_named("two groups"), images_for("two groups")
