@@ -2,19 +2,21 @@
 
 The slack of the bound in 50 dimensions and the optimum for each number of proposals are checked in the chapter."""
 from itertools import product
+from math import log
 
 import pytest
 import torch
-from exact import AddedNoise, Enumerated, Function, P, Table, ladder, rng
+from exact import TARGET, AddedNoise, Enumerated, Function, P, R, Table, Z, ladder, rng
 from torch import nn
 from torch.distributions import Independent, Normal
 
+from ncp_vae.energy import LatentWalk
 from ncp_vae.engine.train import fit_lars, fit_snis
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.hierarchical import DenseHierarchy
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.nce import RatioEstimator
-from ncp_vae.prior import NoiseContrastivePrior
+from ncp_vae.prior import NoiseContrastivePrior, log_sir_weight
 from ncp_vae.proposals import Acceptance, PoolLoss, lars_pool_weight
 from ncp_vae.sampling import LARS, SIR
 from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
@@ -49,7 +51,7 @@ def bound_by_enumeration(vae, tables, budgets, x):
 
 @pytest.mark.parametrize("budgets", [[3, 2], [1, 3], [2, 1]])
 def test_value_and_gradient_in_two_groups_are_those_of_the_sum_over_all_pools(budgets):
-    "Means of 400 losses of 200 rows, in standard errors; a pool that is not the posterior's z_<k would be another sum."
+    "Means of 200 losses of 200 rows, in standard errors; a pool that is not the posterior's z_<k would be another sum."
     vae = Enumerated.random()
     ratios = [Tilt(torch.randn(*shape, generator=rng(k), dtype=torch.float64)) for k, shape in enumerate([(1, 2), (2, 3)])]
     tables = [ratio.table for ratio in ratios]
@@ -59,21 +61,25 @@ def test_value_and_gradient_in_two_groups_are_those_of_the_sum_over_all_pools(bu
         return torch.cat([value.detach()[None], *(torch.zeros_like(t).flatten() if g is None else g.flatten()
                                                   for t, g in zip(tables, slopes))])
     torch.manual_seed(0)
-    found = torch.stack([flat(loss(torch.ones(200, dtype=torch.long), step)["loss"]) for step in range(400)])
+    found = torch.stack([flat(loss(torch.ones(200, dtype=torch.long), step)["loss"]) for step in range(200)])
     truth = flat(-bound_by_enumeration(vae, tables, budgets, 1))
-    error = found.std(0) / 20
+    error = found.std(0) / 200**0.5
     assert ((found.mean(0) - truth).abs() <= 5 * error + 1e-12).all()
-    assert (error[0] < 0.01) and (truth.abs() > 10 * error).any()
+    assert (error[0] < 0.03) and (truth.abs() > 10 * error).any()
 
 
-def test_the_bound_is_below_what_the_sampler_has_and_the_twin_is_above():
-    "One group: E log w <= log p_M / p at each value; without the own ratio the mean of r/Z^ is above one."
-    log_r = torch.tensor([0.4, 2.0, 6.0]).log()
-    ncp = NoiseContrastivePrior(Enumerated([P], [P.expand(3, 3)], torch.full((3, 3), 1 / 3).double()), [Table(log_r.exp())])
-    torch.manual_seed(1)
-    loss = PoolLoss(ncp.vae, ncp.ratios, 4)
-    mean = torch.stack([-loss(torch.zeros(64, dtype=torch.long), 0)["loss"] for _ in range(2000)])
-    assert mean.mean() + 5 * mean.std() / 2000**0.5 < 0            # the positives are the prior's: the bound is below log 1
+def test_the_bound_is_below_the_targets_own_density_and_the_twin_is_above():
+    "Posteriors that are the target: the best gain is KL(TARGET || P). Without the own ratio the loss promises more than that."
+    vae = Enumerated([P], [TARGET.expand(3, 3)], torch.full((3, 3), 1 / 3).double())
+    best = (TARGET * (R / Z).log()).sum()
+    def gain(weigh):
+        torch.manual_seed(1)
+        loss = PoolLoss(vae, [Table(R)], 4, weigh=weigh)
+        found = torch.stack([-loss(torch.zeros(64, dtype=torch.long), 0)["loss"] for _ in range(500)])
+        return found.mean(), 5 * found.std() / 500**0.5
+    mean, error = gain(log_sir_weight)
+    twin, twin_error = gain(lambda log_r, log_rest, M: log_r - log_rest + log(M - 1))
+    assert mean + error < best < twin - twin_error
 
 
 def small(fit, joint=False, deep=False, **how):
@@ -82,7 +88,7 @@ def small(fit, joint=False, deep=False, **how):
     before = [parameter.clone() for parameter in vae.parameters()]
     ratios = [MLPRatio(z, c, hidden=(8,)) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
     x = torch.rand(64, 1, 2, 2, generator=rng()).bernoulli(generator=rng(1))
-    return fit(vae, x, joint=joint, ratios=ratios, **{**dict(proposals=8, steps=6, batch_size=16, lr=1e-2, seed=3), **how}), before
+    return fit(vae, x, joint=joint, **{**dict(ratios=ratios, proposals=8, steps=6, batch_size=16, lr=1e-2, seed=3), **how}), before
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -181,10 +187,10 @@ class Known(FlatVAE):
         return diagonal_normal(torch.full_like(x, -0.5), torch.full_like(x, 0.7))
 
 
-@pytest.mark.parametrize("proposals", [2, 64])
+@pytest.mark.parametrize("proposals", [16, 256])
 def test_the_bound_finds_q_over_p_with_any_number_of_proposals(proposals):
     "log q/p = a z + b z^2 / 2 + ...: a = -0.5 / 0.49, b = 1 - 1 / 0.49."
-    prior = fit_snis(Known(1), torch.zeros(2048, 1), ratios=[Quadratic()], proposals=proposals, steps=400, batch_size=512, lr=0.05, seed=0)
+    prior = fit_snis(Known(1), torch.zeros(2048, 1), ratios=[Quadratic()], proposals=proposals, steps=300, batch_size=256, lr=0.05, seed=0)
     a, b = prior.ratios[0].weights.tolist()
     assert a == pytest.approx(-0.5 / 0.49, abs=0.15) and b == pytest.approx(1 - 1 / 0.49, abs=0.15)
 
@@ -194,7 +200,7 @@ def test_lars_learns_where_to_accept():
     prior = fit_lars(Known(1), torch.zeros(2048, 1), truncation=20, ratios=[Quadratic()], proposals=128, steps=200, batch_size=256, lr=0.05,
                      seed=0)
     assert type(prior.ratios[0]) is Acceptance
-    z = prior.sample(20_000, LARS(20), generator=rng()).latents[0]
+    z = NoiseContrastivePrior(LatentWalk(prior.vae), prior.ratios).sample(20_000, LARS(20), generator=rng()).latents[0]
     assert abs(z.mean() + 0.5) < 0.08 and abs(z.std() - 0.7) < 0.1
 
 
