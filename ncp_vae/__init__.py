@@ -15,7 +15,8 @@ _NAMES = {name: place for place, names in {
     "bound": "elbo iwae",
     "nce": "nce_loss jsd_from_loss RatioEstimator",
     "prior": "ReweightedPrior NoiseContrastivePrior",
-    "sampling": "SIR Langevin MALA HMC JointLangevin JointMALA LARS SMC proposal_budget effective_sample_size",
+    "sampling": "SIR Langevin MALA HMC JointLangevin JointMALA LARS SMC proposal_budget "
+                "effective_sample_size",
     "models.priors": "GaussianMixture",
     "flows": "RealNVP FlowMatching",
     "models.ratios": "MLPRatio ConvRatio",

@@ -112,8 +112,8 @@ def log_lars_weight(log_a: Tensor, log_z: Tensor, truncation: int) -> Tensor:
 def check_acceptance(log_a: Tensor) -> Tensor:
     "log a as it is; ValueError where one is above 0 or NaN."
     if not (log_a <= 0).all():
-        raise ValueError(f"LARS: log a of an acceptance is at most 0, got {log_a.max().item():.3g}: make one "
-                         "of a ratio by Acceptance(ratio), or of a trained one by Acceptance(ratio, log_bound)")
+        raise ValueError(f"LARS: log a of an acceptance is at most 0, got {log_a.max().item():.3g}: make "
+                         "one of a ratio by Acceptance(ratio), of a trained one with a log_bound")
     return log_a
 
 # %% ../nbs/theory/16_own_bounds.ipynb #27own1527
@@ -148,10 +148,10 @@ def lars_density_ratio(ncp: NoiseContrastivePrior, truncation: int = 100) -> Cal
     positive_int("LARS: truncation T", truncation)
     if len(ncp.ratios) > 1:
         raise ValueError(f"lars_density_ratio: {len(ncp.ratios)} groups; below the first one Z is another "
-                         "number for each z_<k. LARS draws from a hierarchy, and its density is known of one group")
+                         "number for each z_<k. LARS draws from a hierarchy; its density is for one group")
     if not ncp.log_z <= 0:
-        raise ValueError(f"lars_density_ratio: log Z of an acceptance is at most 0, got {ncp.log_z.item():.3g}: "
-                         "call log_partition(num_samples) first")
+        raise ValueError("lars_density_ratio: log Z of an acceptance is at most 0, got "
+                         f"{ncp.log_z.item():.3g}: call log_partition(num_samples) first")
     return lambda latents: log_lars_weight(check_acceptance(ncp.log_ratio(latents)), ncp.log_z, truncation)
 
 # %% ../nbs/theory/16_own_bounds.ipynb #40own1540

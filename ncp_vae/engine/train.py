@@ -573,13 +573,14 @@ def _fit_pools(ncp: NoiseContrastivePrior, loss: PoolLoss, data: Images, machine
 def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None,
              proposals: int | Sequence[int], joint: bool = False, steps: int, batch_size: int, lr: float,
              seed: int, recipe: Recipe = Recipe(), machine: Machine = Machine(),
-             history: str | Path | None = None, checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+             history: str | Path | None = None,
+             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
     """Train ratios by the bound of the law of `SIR(proposals)` (Lawson et al., 2019); see `PoolLoss`.
 
     ratios: as in `fit_ncp`. proposals: K, one int or one a group. joint: train the VAE too, by the ELBO under
     this prior; else it is frozen. Draw from the result by `SIR(proposals)`, and bound its likelihood by
-    `sir_log_ratio(proposals)`. The rest: see `fit`. ValueError where K < 1, ratios or proposals do not fit the
-    VAE, no group has more than one proposal, or a base prior is trained whose draws have no gradient."""
+    `sir_log_ratio(proposals)`. The rest: see `fit`. ValueError where K < 1, ratios or proposals do not fit
+    the VAE, no group has more than one proposal, or a base prior is trained whose draws have no gradient."""
     ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint)
     return _fit_pools(ncp, loss, data, machine, {}, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
@@ -600,5 +601,6 @@ def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
     ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
     ncp = NoiseContrastivePrior(vae, [Acceptance(ratio) for ratio in ncp.ratios])
     loss = PoolLoss(vae, ncp.ratios, proposals, joint, partial(lars_pool_weight, truncation=truncation))
-    return _fit_pools(ncp, loss, data, machine, dict(truncation=truncation), steps=steps, batch_size=batch_size,
-                      lr=lr, seed=seed, name="lars", recipe=recipe, history=history, checkpoint=checkpoint)
+    return _fit_pools(ncp, loss, data, machine, dict(truncation=truncation), steps=steps,
+                      batch_size=batch_size, lr=lr, seed=seed, name="lars", recipe=recipe, history=history,
+                      checkpoint=checkpoint)
