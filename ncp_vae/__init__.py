@@ -15,14 +15,15 @@ _NAMES = {name: place for place, names in {
     "bound": "elbo iwae",
     "nce": "nce_loss jsd_from_loss RatioEstimator",
     "prior": "ReweightedPrior NoiseContrastivePrior",
-    "sampling": "SIR Langevin MALA HMC JointLangevin JointMALA SMC proposal_budget effective_sample_size",
+    "sampling": "SIR Langevin MALA HMC JointLangevin JointMALA LARS SMC proposal_budget "
+                "effective_sample_size",
     "models.priors": "GaussianMixture VampPrior",
     "models.two_stage": "TwoStage",
     "flows": "RealNVP FlowMatching",
     "models.ratios": "MLPRatio ConvRatio",
     "engine.data": "load",
     "engine.evaluate": "compare",
-    "engine.train": "fit_vae fit_ncp fit_ebm",
+    "engine.train": "fit_vae fit_ncp fit_ebm fit_snis fit_lars",
 }.items() for name in names.split()}
 
 def __getattr__(name: str):

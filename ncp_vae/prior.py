@@ -57,7 +57,7 @@ def estimate_log_mean(log_w: Tensor) -> Estimate:
                     ess=float(effective_sample_size(log_w, 0)), k_hat=pareto_k_hat(log_w))
 
 # %% ../nbs/theory/08_prior.ipynb #f748863b
-def _log_sir_weight(log_r: Tensor, log_rest: Tensor, proposals: int) -> Tensor:
+def log_sir_weight(log_r: Tensor, log_rest: Tensor, proposals: int) -> Tensor:
     """log of r(z) / ((r(z) + R) / M): what SIR with M proposals has in the place of r(z) / Z.
 
     log_r: log r(z). log_rest: log R, R the sum of r over the M - 1 others of one pool.
@@ -236,5 +236,5 @@ def sir_density_ratio(ncp: ReweightedPrior, proposals: int | Sequence[int],
             latents = ncp.vae.walk(replay(latents), n=len(latents[0]))
         later = latents.steps[1:] if len(budgets) > 1 else []
         terms = zip(ncp.log_ratios(latents), [first, *map(pool, later)], budgets)
-        return sum(_log_sir_weight(*term) for term in terms)
+        return sum(log_sir_weight(*term) for term in terms)
     return log_ratio

@@ -31,7 +31,8 @@ from ncp_vae.models.two_stage import LatentVAE, TwoStage
 from ncp_vae.ood import bounds_above
 from ncp_vae.partition import AIS, Bridge, ReverseAIS, bridge
 from ncp_vae.prior import NoiseContrastivePrior, estimate_log_mean
-from ncp_vae.sampling import (HMC, ISIR, MALA, SIR, SMC, JointLangevin, JointMALA, Langevin, effective_sample_size, law_gap,
+from ncp_vae.proposals import Acceptance, PoolLoss, lars_density_ratio, lars_pool_weight
+from ncp_vae.sampling import (HMC, ISIR, LARS, MALA, SIR, SMC, JointLangevin, JointMALA, Langevin, effective_sample_size, law_gap,
                               pareto_k_hat, proposal_budget)
 from ncp_vae.walk import Trace, WithPriors, diagonal_normal, from_posterior, replay
 
@@ -100,8 +101,32 @@ def nce_step(*stage):
     return step
 
 
+def accepting(ncp):
+    "The prior with acceptances of its ratios, few of which accept."
+    return NoiseContrastivePrior(ncp.vae, [Acceptance(ratio, 4.0) for ratio in ncp.ratios])
+
+
 def sampled(sampler):
-    return lambda ncp, x: ncp.sample(2, sampler, generator=rng())
+    return lambda ncp, x: (accepting(ncp) if isinstance(sampler, LARS) else ncp).sample(2, sampler, generator=rng())
+
+
+def pool_step(joint, **weigh):
+    "The gradients of a step by the bound of the sampler's own density."
+    def step(ncp, x):
+        torch.manual_seed(0)
+        trained = accepting(copy.deepcopy(ncp))
+        PoolLoss(trained.vae, trained.ratios, 4, joint, **weigh)(x, 0)["loss"].backward()
+        return [p.grad for p in (trained if joint else trained.ratios).parameters() if p.grad is not None]
+    return step
+
+
+def by_lars(ncp, x):
+    "The likelihood of LARS, log Z and all; of one group."
+    if len(ncp.ratios) > 1:
+        return ()
+    lars = accepting(ncp)
+    lars.log_partition(20, rng())
+    return iwae(lars.vae, x, 2, lars_density_ratio(lars, 5), rng())
 
 
 def partition(method=None):
@@ -119,7 +144,7 @@ def compared(ncp, x, **more):
 
 
 SAMPLERS = [SIR(5), SIR(70, chunk=64), Langevin(1, 0.01), MALA(1, 0.01), HMC(1, 0.01, leapfrog=2), HMC(1, leapfrog=1), ISIR(1, 3),
-            ISIR(1, 3, 0.01), SMC(3), JointLangevin(1, 0.01), JointMALA(1, 0.01)]
+            ISIR(1, 3, 0.01), SMC(3), JointLangevin(1, 0.01), JointMALA(1, 0.01), LARS(5)]
 CALLS = {
     "a walk of the prior": lambda ncp, x: ncp.vae.sample(2, generator=rng()),
     "a walk of the posterior, and its replay": posterior_and_replay,
@@ -127,6 +152,9 @@ CALLS = {
     "L>k": lambda ncp, x: bounds_above(ncp, x, 2, rng()),
     "iwae under log Z": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.normalised_log_ratio, rng()),
     "iwae under SIR's density": lambda ncp, x: iwae(ncp.vae, x, 2, ncp.sir_log_ratio(3, rng()), rng()),
+    "iwae under LARS": by_lars,
+    "a step of SNIS": pool_step(False), "a step of SNIS, joint": pool_step(True),
+    "a step of LARS": pool_step(False, weigh=lambda *pool: lars_pool_weight(*pool, 5)),
     "a step of NCE": nce_step(),
     "a step of a later stage, SIR": nce_step(SIR(3)),
     "a step of a later stage, MALA": nce_step(MALA(1, 0.01)),
@@ -309,7 +337,7 @@ def planted(monkeypatch, module, name, text, instead=""):
     (hierarchy, "_systematic", ".to(edges)", ".double()", sampled(SMC(2))),
     (hierarchy, "_Particles", "device=z.device", "", sampled(SMC(2))),
     (chains, "evaluate", "z.detach()", "z.detach().cpu()", sampled(Langevin(2, 0.01))),
-    (prior, "_log_sir_weight", "logsigmoid(log_r - log_rest)", "logsigmoid(log_r - log_rest).cpu()",
+    (prior, "log_sir_weight", "logsigmoid(log_r - log_rest)", "logsigmoid(log_r - log_rest).cpu()",
      lambda ncp, x: iwae(ncp.vae, x, 2, ncp.sir_log_ratio(3)))])
 def test_a_planted_mixture_is_found(monkeypatch, module, name, text, instead, call):
     ncp, x = ncp_named("two groups"), images_for("two groups")
@@ -356,7 +384,15 @@ def bounding(log_ratio_of):
     return lambda ncp, x: lambda samples: iwae(ncp.vae, x, samples, log_ratio_of(ncp), rng())
 
 
+def with_rate(ncp):
+    "Acceptances whose log Z is said to be -3."
+    lars = accepting(ncp)
+    lars.log_z.fill_(-3.0)
+    return lars
+
+
 RACE = {"resampling._propose": 1, "resampling.check_log_weights": 2}      # deviations not negative; no NaN, no +inf
+LARS_WAITS = {"proposals.draw": 2, "proposals.check_acceptance": 1}       # deviations not negative; is anybody left; at most 0
 INNER_LOOPS = {
     "SIR, a block of 64 proposals": (drawing(lambda n: SIR(64 * n, chunk=64)), RACE),
     "Langevin, a step": (drawing(lambda n: Langevin(n, 0.01)), {"chains._finite": 1}),
@@ -366,10 +402,12 @@ INNER_LOOPS = {
     "i-SIR with MALA, a step": (drawing(lambda n: ISIR(n, 3, 0.01)), RACE),
     "JointLangevin, a step": (drawing(lambda n: JointLangevin(n, 0.01)), {"chains._finite": 1}),
     "JointMALA, a step": (drawing(lambda n: JointMALA(n, 0.01)), {}),
+    "LARS, a draw": (lambda ncp, x: drawing(LARS)(accepting(ncp), x), LARS_WAITS),
     "AIS, a step": (annealing(lambda x, n: AIS(n, 0.1)), {}),
     "AIS backwards, a step": (annealing(lambda x, n: ReverseAIS(x, n, 0.1)), {}),
     "iwae, a sample": (bounding(lambda ncp: None), {}),
     "iwae under log Z, a sample": (bounding(lambda ncp: ncp.normalised_log_ratio), {"prior.normalised_log_ratio": 1}),
+    "iwae under LARS, a sample": (bounding(lambda ncp: lars_density_ratio(with_rate(ncp), 5)), {"proposals.check_acceptance": 1}),
     "iwae under SIR's density, a sample": (bounding(lambda ncp: ncp.sir_log_ratio(3)), {}),
 }
 

@@ -13,7 +13,7 @@ from exact import (GROUP_WISE, JOINT, STATES, TARGET, AddedNoise, Enumerated, Fu
 from torch.distributions import Normal
 
 from ncp_vae.bound import iwae
-from ncp_vae.prior import (NoiseContrastivePrior, estimate_log_mean, _log_pool, _log_sir_weight,
+from ncp_vae.prior import (NoiseContrastivePrior, estimate_log_mean, _log_pool, log_sir_weight,
                            of_its_own)
 from ncp_vae.sampling import SIR
 from ncp_vae.walk import diagonal_normal, from_prior, seeded
@@ -204,7 +204,7 @@ def test_log_weights_have_the_asked_number():
 @pytest.mark.parametrize("M", [2, 3, 6])
 def test_sir_density_is_the_law_of_sir(M):
     rest, probability = rests(M - 1)
-    density = P * (probability * _log_sir_weight(R.log(), rest.log(), M).exp()).sum(0)
+    density = P * (probability * log_sir_weight(R.log(), rest.log(), M).exp()).sum(0)
     assert density.sum().item() == pytest.approx(1, abs=1e-12)
     assert density.allclose(sir_law(M), atol=1e-12)
     forgotten = P * (probability * R / (rest / (M - 1))).sum(0)   # the twin: without its own ratio
@@ -214,7 +214,7 @@ def test_sir_density_is_the_law_of_sir(M):
 @pytest.mark.parametrize("M", [2, 3, 6])
 def test_bound_lies_between_its_floor_and_the_density(M):
     rest, probability = rests(M - 1)
-    bound = P.log() + (probability * _log_sir_weight(R.log(), rest.log(), M)).sum(0)
+    bound = P.log() + (probability * log_sir_weight(R.log(), rest.log(), M)).sum(0)
     floor = TARGET.log() - ((R / Z - 1) / M).log1p()
     assert (floor < bound).all() and (bound < sir_law(M).log()).all()
 
@@ -222,7 +222,7 @@ def test_bound_lies_between_its_floor_and_the_density(M):
 def test_sir_weight_at_the_edges():
     log_r = torch.tensor([500.0, -inf, 2.0])
     log_rest = torch.tensor([-500.0, 0.0, 2.0 + log(15)])
-    got = _log_sir_weight(log_r, log_rest, 16).tolist()
+    got = log_sir_weight(log_r, log_rest, 16).tolist()
     assert got == pytest.approx([log(16), -inf, 0.0], abs=1e-6)
 
 
@@ -241,7 +241,7 @@ def test_later_pools_are_drawn_at_each_rows_own_context():
     ncp = coins(below=((1.0, 1.0), (30.0, 30.0)))
     assert ncp.sir_log_ratio(3)(STATES).allclose(torch.zeros(4), atol=1e-5)
     step = ncp.vae.walk(from_prior(), n=1).steps[1]       # the twin: one row's context for all
-    twin = _log_sir_weight(ncp.log_ratios(STATES)[1], _log_pool(ncp.ratios[1], step, 2), 3)
+    twin = log_sir_weight(ncp.log_ratios(STATES)[1], _log_pool(ncp.ratios[1], step, 2), 3)
     assert twin.abs().max() > 0.5
 
 
@@ -416,7 +416,7 @@ def test_one_seed_for_everything_is_still_a_bound():
     def one_stream(value):     # the twin: a pool from the seed that iwae gets, after a walk
         with seeded(rng(value)):
             log_rest = slope(ncp.vae.walk(from_prior(), n=1).steps[0].prior.sample((1,)))[0]
-        return lambda latents: _log_sir_weight(ncp.log_ratio(latents), log_rest, 2)
+        return lambda latents: log_sir_weight(ncp.log_ratio(latents), log_rest, 2)
 
     def over_seeds(bound, n):
         return torch.cat([iwae(ncp.vae, x, S, bound(v), rng(v)) for v in range(n)]).double()
@@ -439,7 +439,7 @@ def test_iwae_with_sir_log_ratio_is_the_bound_and_below_the_density_of_sir():
     log_x = die.px.log().T    # log p(x | z): [x, z]
     def expectation(log_weight):    # over the uniform posterior and all pools
         return (log_x + P.log() + (probability * log_weight).sum(0) + log(3)).mean(1)
-    truth = expectation(_log_sir_weight(R.log(), rest.log(), M))
+    truth = expectation(log_sir_weight(R.log(), rest.log(), M))
     exact_sir = (log_x.exp() @ sir_law(M)).log()
     twin = expectation(R.log() - (rest / (M - 1)).log())
     assert (truth < exact_sir).all()
