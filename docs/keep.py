@@ -43,6 +43,7 @@ def kept(path):
     "The text of an executed notebook as it is kept; ValueError where it cannot be made small enough."
     for colours in (256, 128, 64, 32, 16):
         text = nbformat.writes(in_colours(without_traces(nbformat.read(path, as_version=4)), colours)) + "\n"
+        text = text.replace(f"{path.resolve().parent}/", "")                 # in what a cell has printed
         if len(text.encode()) < LIMIT:
             return text
     raise ValueError(f"{path} has {len(text.encode()):,} bytes with its pictures in {colours} colours; {LIMIT:,} are allowed")

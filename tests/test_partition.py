@@ -325,4 +325,4 @@ def test_every_sampler_of_the_guide_can_be_had_from_one_place():
     public = {name: getattr(sampling, name) for name in sampling.__all__}
     samplers = {name for name, value in public.items()
                 if isinstance(value, type) and callable(getattr(value, "draw", None)) and callable(getattr(value, "sample", None))}
-    assert named == samplers - {"Sampler"} and len(named) == 8
+    assert named == samplers - {"Sampler"} and len(named) == 9

@@ -55,7 +55,7 @@ def a_run(folder, pixels):
     cells = [v4.new_markdown_cell("# Images\n\n> The page", metadata={"papermill": {"duration": 1.0}}),
              v4.new_code_cell(f'# Parameters\nseed = 0\nrun_dir = "{folder}"', metadata={"tags": ["injected-parameters"]}),
              v4.new_code_cell("run = 1", execution_count=3,
-                              outputs=[v4.new_output("stream", name="stderr", text="50%"), v4.new_output("stream", text="4.0 nats"), picture])]
+                              outputs=[v4.new_output("stream", name="stderr", text="50%"), v4.new_output("stream", text=f"4.0 nats, in {folder}/vae.ckpt"), picture])]
     nbformat.write(v4.new_notebook(cells=cells, metadata={"papermill": {"input_path": str(folder)}}), folder / "notebook.ipynb")
     return folder
 
@@ -75,7 +75,7 @@ def test_keeping_a_run_copies_what_is_a_result(docs, tmp_path):
     keep.keep(folder, tmp_path / "kept")
     kept = (tmp_path / "kept" / "notebook.ipynb").read_text(encoding="utf-8")
     assert len(kept.encode()) < 500_000 < (folder / "notebook.ipynb").stat().st_size
-    assert "4.0 nats" in kept and "seed = 0" in kept and "50%" not in kept and str(folder) not in kept
+    assert "4.0 nats, in vae.ckpt" in kept and "seed = 0" in kept and "50%" not in kept and str(folder) not in kept
     for name in ("params.json", "status.json", "metrics.json", "environment.json", "figures/headline.png"):
         assert (tmp_path / "kept" / name).read_bytes() == (folder / name).read_bytes()
     with pytest.raises(FileExistsError):
