@@ -7,6 +7,7 @@ from itertools import product
 from math import exp, log, sqrt
 
 import torch
+from torch import nn
 from torch.distributions import Categorical, MultivariateNormal, Normal
 
 from ncp_vae.nce import RatioEstimator
@@ -90,6 +91,13 @@ class Table(RatioEstimator):
 
     def condition(self, context):
         return lambda z: self.log_table[torch.zeros_like(z) if context is None else context.expand_as(z), z]
+
+
+class TrainedTable(Table):
+    "A `Table` whose logarithms, [contexts, outcomes], are trained."
+    def __init__(self, log_table):
+        RatioEstimator.__init__(self)
+        self.log_table = nn.Parameter(log_table)
 
 
 class Enumerated(TopDownVAE):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from exact import AddedNoise, Enumerated, Function, Ladder, Rung, ladder, ladder_images, rng
+from exact import AddedNoise, Enumerated, Function, Ladder, Rung, TrainedTable, ladder, ladder_images, rng
 from torch import nn
 
 from ncp_vae.engine import checkpoint
@@ -24,16 +24,6 @@ from ncp_vae.walk import FlatVAE, Step, Trace, WithPriors, diagonal_normal, from
 
 JOINT = torch.tensor([[1, 2, 1], [3, 3, 6]])            # r p / Z in sixteenths
 GROUP_WISE = torch.tensor([[2, 4, 2], [2, 2, 4]])       # r_1 p_1 / Z_1 is fair; the second group as in JOINT
-
-
-class Tilt(RatioEstimator):
-    "log r(z, c) from a table that is trained, [contexts, outcomes]."
-    def __init__(self, log_table):
-        super().__init__()
-        self.table = nn.Parameter(log_table)
-
-    def condition(self, context):
-        return lambda z: self.table[torch.zeros_like(z) if context is None else context.expand_as(z), z]
 
 
 class Rows(Sampler):
@@ -61,16 +51,16 @@ class Discrete:
         first, second = (each.detach() for each in self.p)
         r1 = 0.5 / first                                # so that the group-wise law begins with a fair coin
         r2 = JOINT / 16 / (first * r1)[:, None] / second
-        self.ratios = [Tilt(r1.log()[None]), Tilt(r2.log())]
+        self.ratios = [TrainedTable(r1.log()[None]), TrainedTable(r2.log())]
         self.z = torch.randint(6, (16,), generator=generator)          # of each image
         one = nn.functional.one_hot
         q = [one(self.z // 3, 2).double(), one(self.z % 3, 3).double()[:, None].expand(16, 2, 3)]
         self.vae = Enumerated(self.p, q, self.decoder.softmax(-1))
         self.x = torch.arange(16)
-        self.tables = [*(ratio.table for ratio in self.ratios), *self.logits, self.decoder]
+        self.tables = [*(ratio.log_table for ratio in self.ratios), *self.logits, self.decoder]
 
     def exact(self):
-        f = self.ratios[0].table.T + self.ratios[1].table
+        f = self.ratios[0].log_table.T + self.ratios[1].log_table
         log_joint = f + self.p[0].log()[:, None] + self.p[1].log()
         log_px = self.vae.px.log().flatten(0, 1)[self.z, self.x]
         return log_joint.logsumexp((0, 1)) - (log_joint.flatten()[self.z] + log_px).mean()
@@ -94,11 +84,11 @@ def test_the_joint_loss_has_the_gradient_of_the_bound():
 def test_with_the_vae_frozen_only_the_ratios_are_taught():
     case = Discrete()
     found, truth = (case.gradient(value) for value in (case.loss(JOINT, joint=False), case.exact()))
-    of_ratios = sum(ratio.table.numel() for ratio in case.ratios)
+    of_ratios = sum(ratio.log_table.numel() for ratio in case.ratios)
     torch.testing.assert_close(found[:of_ratios], truth[:of_ratios], atol=1e-12, rtol=0)
     assert found[of_ratios:].abs().max() == 0 and truth[of_ratios:].abs().max() > 0.01
     assert [name for name, _ in EBMLoss(case.vae, case.ratios, Rows(JOINT)).named_parameters()] == [
-        "ratios.0.table", "ratios.1.table"]
+        "ratios.0.log_table", "ratios.1.log_table"]
 
 
 def test_a_step_down_the_loss_goes_up_the_likelihood():

@@ -3,14 +3,13 @@
 The two-level Gaussian, its broken twins and the directions in which a ratio moves the scores are checked in the chapter itself."""
 import pytest
 import torch
-from exact import AddedNoise, Enumerated, Function, Ladder, ToNormal, ladder, rng
+from exact import AddedNoise, Enumerated, Function, Ladder, Table, ToNormal, ladder, rng
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from ncp_vae.flows import RealNVP
 from ncp_vae.models.hierarchical import DenseHierarchy
 from ncp_vae.models.ratios import MLPRatio
-from ncp_vae.nce import RatioEstimator
 from ncp_vae.ood import bounds_above, walk_above
 from ncp_vae.prior import NoiseContrastivePrior, ReweightedPrior
 from ncp_vae.walk import WithPriors, diagonal_normal, from_posterior, from_prior, seeded
@@ -18,22 +17,12 @@ from ncp_vae.walk import WithPriors, diagonal_normal, from_posterior, from_prior
 SIZES = (2, 3, 2)
 
 
-class OfTable(RatioEstimator):
-    "log r(z, c) from a table [contexts, outcomes]."
-    def __init__(self, table):
-        super().__init__()
-        self.table = table
-
-    def condition(self, context):
-        return lambda z: self.table[torch.zeros_like(z) if context is None else context.expand_as(z), z]
-
-
 @pytest.fixture
 def discrete():
     "A walk of three groups by tables, images 0..2, and a prior that reweights it by tables."
     vae = Enumerated.random(SIZES, number=3)
     tables = [torch.randn(above, size, generator=rng(k), dtype=torch.float64) for k, (above, size) in enumerate(zip((1, 2, 6), SIZES))]
-    return vae, ReweightedPrior(vae, [OfTable(table) for table in tables])
+    return vae, ReweightedPrior(vae, [Table(table.exp()) for table in tables])
 
 
 def by_tables(vae, x, tables=None):
@@ -62,7 +51,7 @@ def by_tables(vae, x, tables=None):
 def test_three_groups_by_tables(discrete, reweighted):
     "The mean over many walks lies within 4.5 standard errors of the sums; counted from the other end, or with all terms, it does not."
     vae, prior = discrete
-    tables = [ratio.table for ratio in prior.ratios] if reweighted else None
+    tables = [ratio.log_table for ratio in prior.ratios] if reweighted else None
     n = 20_000
     for image in range(3):
         x = torch.full((n,), image)
@@ -70,7 +59,7 @@ def test_three_groups_by_tables(discrete, reweighted):
         truth = by_tables(vae, image, tables)
         error = (found.var(1) / n).sqrt()
         assert found.shape == (3, n) and ((found.mean(1) - truth).abs() < 4.5 * error).all()
-        twin = by_tables(vae, image, None if reweighted else [ratio.table for ratio in prior.ratios])
+        twin = by_tables(vae, image, None if reweighted else [ratio.log_table for ratio in prior.ratios])
         assert ((found.mean(1) - twin).abs() > 10 * error).any()
 
 

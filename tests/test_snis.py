@@ -6,7 +6,7 @@ from math import log
 
 import pytest
 import torch
-from exact import TARGET, AddedNoise, Enumerated, Function, P, R, Table, Z, ladder, rng
+from exact import TARGET, AddedNoise, Enumerated, Function, P, R, Table, TrainedTable, Z, ladder, rng
 from torch import nn
 from torch.distributions import Independent, Normal
 
@@ -20,16 +20,6 @@ from ncp_vae.prior import NoiseContrastivePrior, log_sir_weight
 from ncp_vae.proposals import Acceptance, PoolLoss, lars_pool_weight
 from ncp_vae.sampling import LARS, SIR
 from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
-
-
-class Tilt(RatioEstimator):
-    "log r(z, c) from a table that is trained, [contexts, outcomes]."
-    def __init__(self, log_table):
-        super().__init__()
-        self.table = nn.Parameter(log_table)
-
-    def condition(self, context):
-        return lambda z: self.table[torch.zeros_like(z) if context is None else context.expand_as(z), z]
 
 
 # ---- the loss ---------------------------------------------------------------------------------------------------------------
@@ -53,8 +43,8 @@ def bound_by_enumeration(vae, tables, budgets, x):
 def test_value_and_gradient_in_two_groups_are_those_of_the_sum_over_all_pools(budgets):
     "Means of 200 losses of 200 rows, in standard errors; a pool that is not the posterior's z_<k would be another sum."
     vae = Enumerated.random()
-    ratios = [Tilt(torch.randn(*shape, generator=rng(k), dtype=torch.float64)) for k, shape in enumerate([(1, 2), (2, 3)])]
-    tables = [ratio.table for ratio in ratios]
+    ratios = [TrainedTable(torch.randn(*shape, generator=rng(k), dtype=torch.float64)) for k, shape in enumerate([(1, 2), (2, 3)])]
+    tables = [ratio.log_table for ratio in ratios]
     loss = PoolLoss(vae, ratios, budgets)
     def flat(value):
         slopes = torch.autograd.grad(value, tables, allow_unused=True)
