@@ -221,6 +221,12 @@ def replay(latents: list[Tensor]) -> Chooser:
         return z
     return choose
 
+# %% ../nbs/theory/01_walk.ipynb #frozen45
+def eval_if_frozen(module: nn.Module) -> None:
+    "Eval mode where no parameter of a module needs a gradient: what is frozen is used as it was trained."
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        module.eval()
+
 # %% ../nbs/theory/01_walk.ipynb #42fcd58a
 class WithPriors(TopDownVAE):
     """The walk of `vae` with other priors: p(z_k | z_<k) = laws[k](c(z_<k), n).
@@ -242,8 +248,7 @@ class WithPriors(TopDownVAE):
     def train(self, mode: bool = True):
         "The mode of the laws, and of the VAE where it is trained."
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.vae.parameters()):
-            self.vae.eval()
+        eval_if_frozen(self.vae)
         return self
 
     def encode(self, x: Tensor) -> Any:

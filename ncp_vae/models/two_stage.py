@@ -17,7 +17,8 @@ from torch.distributions import Distribution
 from .config import configured
 from .flat import DenseVAE
 from .priors import posterior_of
-from ..walk import Step, TopDownVAE, Trace, at_least_float32, diagonal_normal, draw
+from ..walk import (Step, TopDownVAE, Trace, at_least_float32, diagonal_normal, draw,
+                          eval_if_frozen)
 
 # %% ../../nbs/models/two_stage.ipynb #bcf2ebd4
 class _Climbed(Distribution):
@@ -110,8 +111,7 @@ class TwoStage(TopDownVAE):
     def train(self, mode: bool = True):
         "The mode of the inner VAE, and of the outer one where it is trained."
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.outer.parameters()):
-            self.outer.eval()
+        eval_if_frozen(self.outer)
         return self
 
     def encode(self, x: Tensor):
