@@ -119,16 +119,17 @@ def _log_ratios_at(prior: "ReweightedPrior", zs: list[Tensor], contexts: list) -
 class ReweightedPrior(nn.Module):
     """r(z) p(z), not normalised: log r(z) = sum_k log r_k(z_k, c(z_<k)) (section 3.4).
 
-    vae: a trained `TopDownVAE`, put in eval mode. ratios: one `RatioEstimator` for each group, and
-    `latents`, below: K tensors [B, *latent_shapes[k]], or a finished walk; else ValueError."""
+    vae: a trained `TopDownVAE`, put in eval mode. ratios: one `RatioEstimator` for each group. sampler: draws
+    where no other is named. `latents`: K tensors [B, *latent_shapes[k]], or a walk; else ValueError."""
 
-    def __init__(self, vae: TopDownVAE, ratios: Sequence[RatioEstimator]):
+    def __init__(self, vae: TopDownVAE, ratios: Sequence[RatioEstimator], sampler: Sampler = SIR(500)):
         super().__init__()
         if len(ratios) != len(vae.latent_shapes):
             raise ValueError(f"{len(ratios)} ratios for a VAE of {len(vae.latent_shapes)} latent "
                              "groups: give one a group")
         self.vae = vae.eval()
         self.ratios = nn.ModuleList(ratios)
+        self.sampler = sampler
 
     def log_ratios(self, latents: list[Tensor] | Trace) -> list[Tensor]:
         "log r_k(z_k, c(z_<k)) of each group: K tensors [B], nats."
@@ -150,11 +151,10 @@ class ReweightedPrior(nn.Module):
         with torch.no_grad(), seeded(generator):
             return torch.cat([self.log_ratio(walk) for walk in _prior_walks(self.vae, num_samples)])
 
-    def sample(self, n: int, sampler: Sampler = SIR(500), temperature: float = 1.0,
-               generator: torch.Generator | None = None) -> Trace:
-        "n finished walks; `.likelihood.mean` are the images. Which law: see the sampler."
+    def sample(self, n: int, sampler: Sampler | None = None, temperature: float = 1.0, generator=None) -> Trace:
+        "n finished walks; `.likelihood.mean` are the images. Which law: see the sampler; None: its own."
         with evaluating(self):
-            return sampler.sample(self, n, temperature, generator)
+            return (sampler or self.sampler).sample(self, n, temperature, generator)
 
 # %% ../nbs/theory/08_prior.ipynb #71beb943
 class Partition(Protocol):
@@ -176,8 +176,8 @@ def _warn_of_tail(estimate: Estimate) -> Estimate:
 class NoiseContrastivePrior(ReweightedPrior):
     "p_NCP(z) = r(z) p(z) / Z (section 3). Only a density needs Z: call `log_partition` before."
 
-    def __init__(self, vae: TopDownVAE, ratios: Sequence[RatioEstimator]):
-        super().__init__(vae, ratios)
+    def __init__(self, vae: TopDownVAE, ratios: Sequence[RatioEstimator], sampler: Sampler = SIR(500)):
+        super().__init__(vae, ratios, sampler)
         self.register_buffer("log_z", torch.tensor(nan))                # of the last log_partition
         self.register_buffer("log_z_std_error", torch.tensor(inf))
 

@@ -138,6 +138,10 @@ class LARS(Sampler):
                 z = pick_rows(waiting, prior.sample(), z)
         return z
 
+    def density_ratio(self, ncp: NoiseContrastivePrior) -> Callable:
+        "log p_T(z) - log p(z), as `lars_density_ratio` has it."
+        return lars_density_ratio(ncp, self.truncation)
+
 # %% ../nbs/theory/16_own_bounds.ipynb #29own1529
 def lars_density_ratio(ncp: NoiseContrastivePrior, truncation: int = 100) -> Callable:
     """As `log_ratio` of `iwae`: the exact law of `LARS(truncation)`, but for the error of the stored log Z.

@@ -87,6 +87,7 @@ class Reweighted(Protocol):
     "What a sampler walks down: a VAE, and one ratio for each of its latent groups."
     vae: TopDownVAE
     ratios: Sequence[RatioEstimator]
+    normalised_log_ratio: Callable
 
 # %% ../nbs/theory/05_resampling.ipynb #acf0d64c
 class Sampler:
@@ -110,6 +111,12 @@ class Sampler:
             return sampler.draw(log_ratio, tempered(step.prior, temperature), generator)
         with torch.no_grad():
             return ncp.vae.walk(choose, n=n)
+
+    def density_ratio(self, ncp: Reweighted) -> Callable:
+        """As `log_ratio` of `iwae`: latents -> log of the law it aims at, over the base prior's: [B], nats.
+
+        Here r / Z, after `log_partition`; a sampler of another law has its own."""
+        return ncp.normalised_log_ratio
 
 # %% ../nbs/theory/05_resampling.ipynb #1e828d95
 def positive_int(what: str, value: int) -> int:

@@ -41,14 +41,16 @@ _PART = 100      # images at a time, and under one pool of proposals
 
 def _likelihoods_under(vae: TopDownVAE, reweighted: dict[str, ReweightedPrior], images: Tensor,
                        num_samples: int, proposals: int | Sequence[int] | None, bounded: int,
-                       seed: int) -> dict[str, Tensor]:
+                       samplers: dict, seed: int) -> dict[str, Tensor]:
     """One value an image under a VAE's own prior, "", and those that reweight it, from the same walks: nats.
 
-    NAME: [N]. "NAME bound": under the SIR density, of the first parts that hold `bounded` images."""
+    NAME: [N], under the law that its sampler aims at. "NAME bound": under the SIR density, of the first
+    parts that hold `bounded` images."""
     pools = {name: _generator(seed, "pools") for name in reweighted}
     found = {}
     for i, x in enumerate(tqdm(images.split(_PART), "likelihoods", mininterval=10.0, leave=False)):
-        laws = {"": None, **{name: prior.normalised_log_ratio for name, prior in reweighted.items()}}
+        laws = {"": None, **{name: samplers.get(name, prior.sampler).density_ratio(prior)
+                             for name, prior in reweighted.items()}}
         if proposals is not None and i * _PART < bounded:
             laws |= {f"{name} bound": prior.sir_log_ratio(proposals, pools[name])
                      for name, prior in reweighted.items()}
@@ -60,7 +62,7 @@ def _likelihoods_under(vae: TopDownVAE, reweighted: dict[str, ReweightedPrior], 
 
 # %% ../../nbs/engine/evaluate.ipynb #77b4a162
 def _values_of(priors: dict, images: Tensor, *, num_samples: int, proposals, bound_images: int, copies: int,
-               seed: int, keep: Callable) -> dict[str, Tensor]:
+               samplers: dict, seed: int, keep: Callable) -> dict[str, Tensor]:
     "Of every prior, by its name: [copies, N], nats; and \"NAME bound\" of those that are reweighted: [b]."
     found = {}
     for vae in dict.fromkeys(map(_walked, priors.values())):
@@ -70,7 +72,7 @@ def _values_of(priors: dict, images: Tensor, *, num_samples: int, proposals, bou
         each = []
         for c, x in enumerate(images.chunk(copies)):
             compute = partial(_likelihoods_under, vae, reweighted, x, num_samples, proposals,
-                              bound_images if c == 0 else 0, stream(seed, "copy", c))
+                              bound_images if c == 0 else 0, samplers, stream(seed, "copy", c))
             each.append(keep("-".join(["likelihoods", *own, *reweighted, str(c)]), compute))
         for name in ["", *reweighted]:
             rows = torch.stack([copy[name] for copy in each])
@@ -94,12 +96,12 @@ def _pool_std_error(ncp: ReweightedPrior, num_samples: int, generator: torch.Gen
 # %% ../../nbs/engine/evaluate.ipynb #96545d3d
 def _likelihood_columns(priors: dict, images: Tensor, *, num_samples: int, seed: int, log_z_samples: int,
                         method: Partition | None, proposals, bound_images: int, copies: int,
-                        keep: Callable) -> dict[str, dict[str, Measured]]:
+                        samplers: dict, keep: Callable) -> dict[str, dict[str, Measured]]:
     "The columns of `compare` that are about likelihoods."
     log_z = {name: prior.log_partition(log_z_samples, _generator(seed, "log Z"), method)
              for name, prior in priors.items() if isinstance(prior, ReweightedPrior)}
     values = _values_of(priors, images, num_samples=num_samples, proposals=proposals,
-                        bound_images=bound_images, copies=copies, seed=seed, keep=keep)
+                        bound_images=bound_images, copies=copies, samplers=samplers, seed=seed, keep=keep)
     shared = {name: log_z[name].std_error if name in log_z else 0.0 for name in priors}
     first = next(iter(priors))
     table = {}
@@ -203,16 +205,16 @@ def compare(priors: dict[str, TopDownVAE | ReweightedPrior], images: Tensor, *, 
     images: [copies * N, *image], all in their first binarisation, then in the second, and so on. num_samples:
     S posterior draws an image; 0 for no likelihoods. log_z_samples, method: of log Z, see `log_partition`.
     proposals: M of the SIR density, one int or one a group, None for no bound; it is for the first
-    bound_images (None: N), in whole parts. draws: samples whose latents are compared, by samplers[name] (else
-    by the prior's own). scorer: what measures images (`ImageScorer`). keep(name, compute) may remember what
-    was computed (`Run.once`).
+    bound_images (None: N), in whole parts. draws: samples whose latents are compared. samplers[name] (else
+    the prior's own) draws them, and its law is that of the likelihood. scorer: what measures images
+    (`ImageScorer`). keep(name, compute) may remember what was computed (`Run.once`).
     Raises ValueError where the numbers do not fit each other, or log Z cannot be estimated."""
     bounded = _check(priors, images, bound_images, copies, draws, samplers)
     found = []
     if num_samples:
         found.append(_likelihood_columns(
             priors, images, num_samples=num_samples, seed=seed, log_z_samples=log_z_samples, method=method,
-            proposals=proposals, bound_images=bounded, copies=copies, keep=keep))
+            proposals=proposals, bound_images=bounded, copies=copies, samplers=samplers, keep=keep))
     if draws:
         found.append(_sample_columns(priors, images, draws, samplers, seed, keep))
     if scorer is not None:

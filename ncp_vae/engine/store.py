@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from .checkpoint import replacing
 from .experiment import environment
+from ..resampling import Sampler
 
 # %% ../../nbs/engine/store.ipynb #69930ba3
 def _path_of(cls: type) -> str:
     "'module:name' of a class."
     return f"{cls.__module__}:{cls.__qualname__}"
 
-def _arguments_of(module: nn.Module) -> dict[str, Any]:
-    "What the module was built with; ValueError where it does not say."
+def _arguments_of(module: nn.Module | Sampler) -> dict[str, Any]:
+    "What the module, or the sampler, was built with; ValueError where it does not say."
     config = getattr(module, "config", None)
     if isinstance(config, dict):
         return config
@@ -58,6 +59,9 @@ def _plain(value: Any, seen: dict[nn.Module, int]) -> Any:
         return {"module": _path_of(type(value)), "arguments": arguments}
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Sampler):
+        arguments = {name: _plain(item, seen) for name, item in _arguments_of(value).items()}
+        return {"sampler": _path_of(type(value)), "arguments": arguments}
     if is_dataclass(value):
         return {"config": _path_of(type(value)), "values": value.to_dict()}
     if isinstance(value, type) and issubclass(value, nn.Module):
@@ -98,6 +102,8 @@ def _built(value: Any, classes: Sequence[type], made: list[nn.Module]) -> Any:
     if "config" in value:
         return _class_at(value["config"], classes).from_dict(value["values"])
     arguments = {name: _built(item, classes, made) for name, item in value["arguments"].items()}
+    if "sampler" in value:
+        return _class_at(value["sampler"], classes)(**arguments)
     made.append(_class_at(value["module"], classes)(**arguments))
     return made[-1]
 

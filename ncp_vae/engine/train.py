@@ -33,7 +33,7 @@ from ..models.speed import speed_up
 from ..nce import RatioEstimator, StagedRatio, nce_loss
 from ..prior import NoiseContrastivePrior
 from ..proposals import LARS, Acceptance, PoolLoss, lars_pool_weight
-from ..resampling import Sampler
+from ..resampling import SIR, Sampler
 from ..stages import Negatives, prior_negatives, stage_negatives
 from ..walk import Step, TopDownVAE, WithPriors, from_posterior
 
@@ -553,6 +553,7 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     about = _about_rival(ncp, data, joint, persistent=persistent,
                          sampler=f"{type(sampler).__name__}{vars(sampler)}")
     speed_up(vae, machine.channels_last, machine.compile)
+    ncp.sampler = sampler
     try:
         fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="ebm", about=about,
             recipe=recipe, machine=machine, history=history, checkpoint=checkpoint)
@@ -578,10 +579,11 @@ def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] 
     """Train ratios by the bound of the law of `SIR(proposals)` (Lawson et al., 2019); see `PoolLoss`.
 
     ratios: as in `fit_ncp`. proposals: K, one int or one a group. joint: train the VAE too, by the ELBO under
-    this prior; else it is frozen. Draw from the result by `SIR(proposals)`, and bound its likelihood by
+    this prior; else it is frozen. The result draws by `SIR(proposals)`; bound its likelihood by
     `sir_log_ratio(proposals)`. The rest: see `fit`. ValueError where K < 1, ratios or proposals do not fit
     the VAE, no group has more than one proposal, or a base prior is trained whose draws have no gradient."""
     ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
+    ncp.sampler = SIR(proposals)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint)
     return _fit_pools(ncp, loss, data, machine, {}, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
                       name="snis", recipe=recipe, history=history, checkpoint=checkpoint)
@@ -594,13 +596,14 @@ def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
              checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
     """Train acceptances by the bound of `LARS(truncation)` in a pool of proposals (Bauer and Mnih, 2019).
 
-    ratios: networks as in `fit_ncp`; those of the result are `Acceptance`s of them. Draw from it by
+    ratios: networks as in `fit_ncp`; those of the result are `Acceptance`s of them. It draws by
     `LARS(truncation)`; its likelihood is by `lars_density_ratio`. The rest: see `fit_snis`. ValueError also
     where truncation < 1."""
-    truncation = LARS(truncation).truncation             # which says what is wrong with it
+    sampler = LARS(truncation)                           # which says what is wrong with it
     ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
-    ncp = NoiseContrastivePrior(vae, [Acceptance(ratio) for ratio in ncp.ratios])
-    loss = PoolLoss(vae, ncp.ratios, proposals, joint, partial(lars_pool_weight, truncation=truncation))
-    return _fit_pools(ncp, loss, data, machine, dict(truncation=truncation), steps=steps,
+    ncp = NoiseContrastivePrior(vae, [Acceptance(ratio) for ratio in ncp.ratios], sampler)
+    weigh = partial(lars_pool_weight, truncation=sampler.truncation)
+    loss = PoolLoss(vae, ncp.ratios, proposals, joint, weigh)
+    return _fit_pools(ncp, loss, data, machine, dict(truncation=sampler.truncation), steps=steps,
                       batch_size=batch_size, lr=lr, seed=seed, name="lars", recipe=recipe, history=history,
                       checkpoint=checkpoint)
