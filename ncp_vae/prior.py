@@ -151,7 +151,7 @@ class ReweightedPrior(nn.Module):
         with torch.no_grad(), seeded(generator):
             return torch.cat([self.log_ratio(walk) for walk in _prior_walks(self.vae, num_samples)])
 
-    def sample(self, n: int, sampler: Sampler | None = None, temperature: float = 1.0, generator=None) -> Trace:
+    def sample(self, n: int, sampler: Sampler | None = None, temperature=1.0, generator=None) -> Trace:
         "n finished walks; `.likelihood.mean` are the images. Which law: see the sampler; None: its own."
         with evaluating(self):
             return (sampler or self.sampler).sample(self, n, temperature, generator)
