@@ -101,6 +101,18 @@ def test_frozen(command, tmp_path):
     assert {"nll_base", "gain_realnvp", "gain_matching", "over_own_ncp_joint", "distance_staged", "train_seconds_gmm1"} <= metrics.keys()
 
 
+def test_priors(command, tmp_path):
+    "All priors, with the networks of the LARS/SNIS comparison, on MNIST's files. A mixture of one Gaussian, for which 128 images are enough."
+    files = write_fashion_mnist(tmp_path / "data", 300)
+    command("ncp-vae", *full("priors", tmp_path / "run", data_root=files, vae_steps=2, steps=2, ebm_steps=1, chain_steps=2, components=1,
+                             pseudo_inputs=8, blocks=2, hidden=16, proposals=8, truncation=3, validation_images=32, num_samples=2, solver_images=20,
+                             solver_samples=1, log_z_samples=20, draws=20, feature_steps=2))
+    params, metrics = result(tmp_path / "run", "priors")
+    assert (params["latent_dim"], params["width"], params["ratio_width"], params["ratio_layers"]) == (50, 300, 100, 2)
+    assert metrics["parameters_snis"]["value"] == 50 * 100 + 100 + 100 * 100 + 100 + 100 + 1 + 2       # and log Z with its error
+    assert {"gain_matching", "nll_bound_snis_joint", "nll_lars_joint", "distance_two_stage", "train_flops_ebm"} <= metrics.keys()
+
+
 def test_flows(command, tmp_path):
     "Every variant of the dense net."
     write_fashion_mnist(tmp_path / "data", 300)
