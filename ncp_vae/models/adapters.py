@@ -42,14 +42,16 @@ def _net(net: nn.Module | str, image_shape: torch.Size, latent_dim: int) -> nn.M
         return net
     place, _, name = net.partition(":")
     if not place.startswith("pythae.models.nn."):
-        raise ValueError(f"PythaeVAE: a network is a module, or named like pythae.models.nn....:Name; got {net!r}")
+        raise ValueError("PythaeVAE: a network is a module, or named like pythae.models.nn....:Name; "
+                         f"got {net!r}")
     config = _pythae("pythae.models").VAEConfig(input_dim=tuple(image_shape), latent_dim=latent_dim)
     return getattr(_pythae(place), name)(config)
 
 def _named(net: nn.Module) -> nn.Module | str:
     "The other way: the name of a class that is pythae's, else the network."
     kind = type(net)
-    return f"{kind.__module__}:{kind.__qualname__}" if kind.__module__.startswith("pythae.models.nn.") else net
+    own = kind.__module__.startswith("pythae.models.nn.")
+    return f"{kind.__module__}:{kind.__qualname__}" if own else net
 
 # %% ../../nbs/models/adapters.ipynb #f43ac547
 class PythaeVAE(FlatVAE):
@@ -91,8 +93,8 @@ def from_pythae(model: nn.Module) -> PythaeVAE:
     is N(0, I), or one that does not know the shape of its images."""
     kind = type(model)
     if kind.__name__ not in _ACCEPTED or not kind.__module__.startswith("pythae.models."):
-        raise ValueError(f"from_pythae: {kind.__module__}.{kind.__name__} is not one of pythae's models with a "
-                         f"Gaussian posterior and the prior N(0, I), which are {', '.join(_ACCEPTED)}")
+        raise ValueError(f"from_pythae: {kind.__module__}.{kind.__name__} is not one of pythae's models with "
+                         f"a Gaussian posterior and the prior N(0, I), which are {', '.join(_ACCEPTED)}")
     if model.input_dim is None:
         raise ValueError("from_pythae: the model has input_dim None; set model.input_dim to the shape of an "
                          "image, like (1, 28, 28)")
