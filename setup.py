@@ -29,7 +29,8 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={
         "run": settings["run_requirements"].split(),
-        "dev": (settings["run_requirements"] + " " + settings["dev_requirements"]).split(),
+        "pythae": settings["pythae_requirements"].split(),
+        "dev": " ".join(settings[f"{name}_requirements"] for name in ("run", "pythae", "dev")).split(),
     },
     entry_points={"console_scripts": settings["console_scripts"].split("\n")},
 )
