@@ -162,8 +162,9 @@ class SIR(Sampler):
     """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, odds r(z).
 
     proposals: M, one int, or one for each group. chunk: at most so many are evaluated at once
-    (memory grows with it, not with M); None: 65,536, or fewer large ones, fewer on a CPU. Raises ValueError where M or chunk
-    is less than 1, a log ratio is NaN or +inf, or every weight of a row is zero."""
+    (memory grows with it, not with M); None: 65,536, or fewer large ones, fewer on a CPU. Raises
+    ValueError where M or chunk is less than 1, a log ratio is NaN or +inf, or every weight of a row
+    is zero."""
 
     def __init__(self, proposals: int | Sequence[int], chunk: int | None = None):
         self.proposals = proposals_of("SIR", proposals)

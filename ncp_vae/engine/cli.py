@@ -218,6 +218,7 @@ _COMMANDS = {
     _report: [(["folders"], dict(nargs="*", metavar="DIR",
                                  help="runs, or folders of runs, to list the metrics of"))]}
 
+# %% ../../nbs/engine/cli.ipynb #3f5e6c15
 def _parser() -> argparse.ArgumentParser:
     "The command line, from the table above and the first line of each function's docstring."
     top = argparse.ArgumentParser(

@@ -305,11 +305,12 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     for key, value in training.best["weights"].items():
         weights[key].copy_(value)
 
-# %% ../../nbs/engine/train.ipynb #012cb1b9
+# %% ../../nbs/engine/train.ipynb #e045b58e
 def _without_priors(vae: TopDownVAE) -> TopDownVAE:
     "The VAE inside `WithPriors`, or else itself."
     return _without_priors(vae.vae) if isinstance(vae, WithPriors) else vae
 
+# %% ../../nbs/engine/train.ipynb #012cb1b9
 class VAELoss(nn.Module):
     "Minus the mean ELBO, its KL weighted by beta min(1, step / kl_warmup), and what `fit_vae` describes."
     def __init__(self, vae: TopDownVAE, kl_warmup: int, kl_balance: bool = False, spectral: float = 0.0,
@@ -335,12 +336,10 @@ class VAELoss(nn.Module):
         n = sum(map(len, parts))
         shares = None
         if self.kl_balance and self.risen(step) < 1 and len(parts) > 1:
-            kl = _kl_without_trace(self.vae, parts)
-            shares = _without_priors(self.vae).kl_weights(kl)
+            shares = _without_priors(self.vae).kl_weights(_kl_without_trace(self.vae, parts))
         return [(shares, n / len(part) if part is parts[0] else 0.0) for part in parts]
 
-    def forward(self, x: Tensor, step: int, shares: Tensor | None = None,
-                priced: float = 1.0) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, step: int, shares: Tensor | None = None, priced: float = 1.0) -> dict:
         risen = self.risen(step)
         bound = elbo(self.vae, x)
         reconstruction, kl = bound.reconstruction.mean(), bound.kl.sum(-1).mean()
@@ -394,25 +393,23 @@ def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: 
 # %% ../../nbs/engine/train.ipynb #f0a00688
 def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: float, seed: int,
             kl_warmup: int = 0, beta: float = 1.0, kl_balance: bool = False, spectral: float = 0.0,
-            spectral_start: float = 0.0,
-            held_out: Tensor | None = None, recipe: Recipe = Recipe(), machine: Machine = Machine(),
-            history: str | Path | None = None, checkpoint: str | Path | None = None) -> TopDownVAE:
+            spectral_start: float = 0.0, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
+            machine: Machine = Machine(), history: str | Path | None = None,
+            checkpoint: str | Path | None = None) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, in eval mode, on the training device.
 
     data: [N, *image], a Dataset or a DataLoader of images. Parameters that need no gradient stay as they are.
     kl_warmup: steps over which the KL's weight goes from 0 to beta. kl_balance: share it out by
-    vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of vae.regularisation(); from spectral_start
-    to there while the KL's rises, the logarithm in a line; 0: constant. held_out: [N, *image] not in data;
-    their ELBO stands in the history, and the weights returned are those of the highest one (with the KL
-    weighted by beta) found after the warm-up. The rest: see `fit`."""
-    if min(kl_warmup, beta, spectral, spectral_start) < 0:
-        raise ValueError("fit_vae: kl_warmup, beta, spectral and spectral_start must be at least 0, "
-                         f"got {kl_warmup}, {beta}, {spectral} and {spectral_start}")
+    vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of vae.regularisation(), log-linearly from
+    spectral_start (0: constant) meanwhile. held_out: [N, *image] not in data; their ELBO stands in the
+    history, and the weights of the highest (KL weighted by beta) after it are returned. The rest: see `fit`."""
+    numbers = dict(kl_warmup=kl_warmup, beta=beta, spectral=spectral, spectral_start=spectral_start)
+    if min(numbers.values()) < 0:
+        raise ValueError(f"fit_vae: {', '.join(numbers)} must be at least 0, got {[*numbers.values()]}")
     _try_out(vae.eval(), data, batch_size, seed)
-    about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), kl_warmup=kl_warmup,
-                 beta=beta, kl_balance=kl_balance, spectral=spectral, model=_description(vae),
+    about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), model=_description(vae),
                  frozen=digest("", [p for p in vae.parameters() if not p.requires_grad]),
-                 **(dict(spectral_start=spectral_start) if spectral_start else {}))
+                 kl_balance=kl_balance, **{k: v for k, v in numbers.items() if v or k != "spectral_start"})
     loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral, beta, spectral_start)
     look = partial(_held_out_elbo, vae, held_out, stream(seed, "held-out"), -(-batch_size // machine.parts),
                    beta)

@@ -144,7 +144,7 @@ class ConvRatio(RatioEstimator):
             _check_rows(self, z, offset)
             maps = in_float32(self.from_z, z.flatten(0, -4))
             if offset is not None:
-                maps.unflatten(0, (-1, len(offset))).add_(offset)             # in place: one map less to write
+                maps.unflatten(0, (-1, len(offset))).add_(offset)      # in place: a map less to write
             return self.trunk(autocast_maps(maps)).view(z.shape[:-3])
         return log_ratio
 
