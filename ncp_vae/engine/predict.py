@@ -168,19 +168,21 @@ def _made(described):
         return torch.empty(described[0], dtype=described[1], device="meta")
     return tuple(map(_made, described))
 
+# %% ../../nbs/engine/predict.ipynb #ac8d5490
+class _Mode(TorchDispatchMode):
+    "A mode that does not import torch's compiler, which takes seconds, only to tell it to stay away."
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False
+
 # %% ../../nbs/engine/predict.ipynb #bcb2aeb1
-class Counting(TorchDispatchMode):
+class Counting(_Mode):
     "Counts what is done inside, on tensors of `meta`, in `cost`; each call `times` times."
 
     def __init__(self):
         super().__init__()
         self.cost, self.times = Cost(), 1.0
         self.alive, self.bytes = {}, 0
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        "No: to skip it, torch imports it, which takes seconds."
-        return False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is aten._local_scalar_dense.default:

@@ -109,9 +109,7 @@ class _Training:
 
     def __init__(self, loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
                  checkpoint: str | Path | None):
-        self.settings = settings
-        self.machine = machine
-        self.checkpoint = checkpoint
+        self.settings, self.machine, self.checkpoint = settings, machine, checkpoint
         self.accelerator = Accelerator()
         if machine.sync_batch_norm:
             nn.SyncBatchNorm.convert_sync_batchnorm(loss)
@@ -402,7 +400,7 @@ def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: f
     kl_warmup: steps over which the KL's weight goes from 0 to beta. kl_balance: share it out by
     vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of vae.regularisation(), log-linearly from
     spectral_start (0: constant) meanwhile. held_out: [N, *image] not in data; their ELBO stands in the
-    history, and the weights of the highest (KL weighted by beta) after it are returned. The rest: see `fit`."""
+    history, and the weights of the highest (KL weighted by beta) after it are kept. The rest: see `fit`."""
     numbers = dict(kl_warmup=kl_warmup, beta=beta, spectral=spectral, spectral_start=spectral_start)
     if min(numbers.values()) < 0:
         raise ValueError(f"fit_vae: {', '.join(numbers)} must be at least 0, got {[*numbers.values()]}")
