@@ -24,6 +24,7 @@ import common                                                                   
 
 from ncp_vae.engine import checkpoint, cost                                                    # noqa: E402
 from ncp_vae.engine.experiment import home, read_json, read_record, state_of                   # noqa: E402
+from ncp_vae.engine.train import Machine, fit_ncp, fit_vae                                     # noqa: E402
 from ncp_vae.models.nvae import NVAE, preset                                                   # noqa: E402
 from ncp_vae.models.ratios import ConvRatio                                                    # noqa: E402
 from ncp_vae.models.speed import Autocast, speed_up                                            # noqa: E402
@@ -33,12 +34,14 @@ from ncp_vae.sampling import SIR                                                
 VARIANTS = {"bfloat16-channels_last": {"bf16": True, "channels_last": True}, "float32": {}, "bfloat16": {"bf16": True},
             "float32-channels_last": {"channels_last": True},
             "bfloat16-channels_last-compiled": {"bf16": True, "channels_last": True, "compile": True}}
-FULL = {"preset": "celeba64-30", "width": 64, "proposals": 5_000, "budget": 500, "batches": [1, 8], "at_once": 4_096,
+FULL = {"preset": "celeba64-30", "width": 64, "proposals": 5_000, "budget": 500, "batches": [1, 100], "at_once": 4_096,
         "memory_proposals": [500, 5_000, 50_000], "memory_at_once": 448, "sweep": [1_024, 4_096, 16_384],
-        "matrix": 8_192, "repeats": 3, "variants": list(VARIANTS)}
+        "matrix": 8_192, "repeats": 3, "variants": list(VARIANTS), "train_batch": 256, "train_steps": [5, 25],
+        "train_variants": ["bfloat16-channels_last", "bfloat16", "bfloat16-channels_last-compiled"], "train_parts": [1, 2]}
 QUICK = {"preset": "digits", "width": 2, "proposals": 128, "budget": 64, "batches": [2], "at_once": 64,
          "memory_proposals": [64, 128], "memory_at_once": 64, "sweep": [64, 128],
-         "matrix": 64, "repeats": 1, "variants": ["bfloat16-channels_last", "float32"]}
+         "matrix": 64, "repeats": 1, "variants": ["bfloat16-channels_last", "float32"], "train_batch": 8, "train_steps": [1, 2],
+        "train_variants": ["bfloat16-channels_last"], "train_parts": [2]}
 
 
 def device_for(args):
@@ -81,9 +84,9 @@ def flops(ncp, k, width):
     return counter.get_total_flops() - before
 
 
-def drawn(ncp, proposals, batch, at_once):
-    "Walk once with so many images, and evaluate so many proposals, of all images together, at a time."
-    sampler = SIR(proposals, max(1, at_once // batch))
+def drawn(ncp, proposals, batch, at_once=None):
+    "Walk once with so many images; so many proposals, of all images together, are evaluated at a time, by default as in the runs."
+    sampler = SIR(proposals, at_once and max(1, at_once // batch))
     return ncp.sample(batch, sampler, generator=torch.Generator().manual_seed(1)).latents[-1]
 
 
@@ -94,7 +97,7 @@ def measure_time(settings, ncp, device, batch):
     groups = len(ncp.ratios)
     budgets = [settings["proposals"] if k % 10 == 0 else settings["budget"] for k in range(groups)]
     calls = {"all": settings["proposals"], "budgets": budgets}
-    times = common.compare({name: partial(drawn, ncp, m, batch, settings["at_once"]) for name, m in calls.items()},
+    times = common.compare({name: partial(drawn, ncp, m, batch) for name, m in calls.items()},
                            settings["repeats"], device)
     work = [flops(ncp, k, settings["width"]) for k in range(groups)]
     counts = {"all": [settings["proposals"]] * groups, "budgets": budgets}
@@ -134,6 +137,23 @@ def measure_memory(settings, ncp, device):
     return found
 
 
+def measure_training(settings, ncp, device, stage, variant, parts):
+    "Images a second of one stage, by what the longer of two trainings takes beyond the shorter; compilation is in neither."
+    shape, batch = ncp.vae.config.image_shape, settings["train_batch"]
+    images, ratios = torch.rand(2 * batch, *shape).round(), [getattr(ratio, "ratio", ratio) for ratio in ncp.ratios]
+    common_settings = {"batch_size": batch, "lr": 1e-5, "seed": 0, "machine": Machine(**variant, parts=parts)}
+    def trained(steps):
+        if stage == "vae":
+            return fit_vae(ncp.vae, images, steps=steps, kl_warmup=4, kl_balance=True, spectral=0.1, **common_settings)
+        return fit_ncp(ncp.vae, images, ratios=ratios, steps=steps, **common_settings)
+    few, many = settings["train_steps"]
+    times = common.compare({str(steps): partial(trained, steps) for steps in (few, many)}, settings["repeats"], device)
+    seconds = (times[str(many)]["median_s"] - times[str(few)]["median_s"]) / (many - few)
+    grown = cost.peak_growth(partial(trained, few), device)
+    speed = batch / seconds if seconds > 0 else None                   # tiny shapes: the clock is too coarse
+    return {"times": times, "s_a_step": seconds, "images_a_second": speed, "growth_mb": grown and grown / 1e6}
+
+
 def sweep(settings, ncp, device):
     "Seconds an image against how many proposals are evaluated at a time, for the largest batch of images."
     batch = max(settings["batches"])
@@ -149,6 +169,9 @@ def pieces(settings):
         dtype = torch.bfloat16 if VARIANTS[name].get("bf16") else torch.float32
         found |= {f"time-{name}-batch{batch}": (name, partial(measure_time, batch=batch)) for batch in settings["batches"]}
         found |= {f"rate-{name}": (name, partial(measure_rate, dtype=dtype)), f"memory-{name}": (name, measure_memory)}
+    for name in settings["train_variants"]:
+        for stage, parts in [(stage, parts) for parts in settings["train_parts"] for stage in ("vae", "ncp")]:
+            found[f"train-{stage}-{name}-parts{parts}"] = (name, partial(measure_training, stage=stage, variant=VARIANTS[name], parts=parts))
     first = settings["variants"][0]
     return {**found, f"sweep-{first}": (first, sweep)}
 

@@ -35,7 +35,7 @@ def log_ratio_at(log_ratio: Callable[[Tensor], Tensor], z: Tensor, prior: Distri
 
 def check_log_weights(log_w: Tensor) -> Tensor:
     "log_w as it is; ValueError where one is NaN or +inf. -inf is allowed: it is never chosen."
-    if torch.isnan(log_w).any() or torch.isposinf(log_w).any():
+    if not (log_w < inf).all():                # one question, for which a GPU has to be waited for
         raise ValueError("log ratio is NaN or +inf for some proposal: "
                          "the ratio network diverged or its input is not finite")
     return log_w
@@ -43,19 +43,24 @@ def check_log_weights(log_w: Tensor) -> Tensor:
 # %% ../nbs/theory/05_resampling.ipynb #7d2d2ab2
 _BLOCK = 64    # proposals whose random numbers are drawn together, whatever the chunk size
 
-def _propose(prior: Distribution, proposals: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _default_chunk(prior: Distribution, device: torch.device) -> int:
+    "Proposals at once: 65,536 rows, or latents of 2^20 numbers, for a processor's cache, of 2^27 for a GPU."
+    numbers = 2**20 if device.type == "cpu" else 2**27
+    rows = min(2**16, numbers // max(1, prior.event_shape.numel()))
+    return max(1, rows // max(1, prior.batch_shape.numel()))
+
+def _propose(prior: Distribution, proposals: int, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     "Yield (z: [m, B, *event], Gumbel keys: [m, B]), m = `chunk` in blocks, `proposals` in all."
+    draws = prior.rsample if prior.has_rsample else prior.sample      # a Normal's `sample` waits for a GPU
     left = proposals
     while left:
         z, keys = [], []
-        for _ in range(max(1, chunk // _BLOCK)):
+        while left and (not z or _BLOCK * (len(z) + 1) <= (chunk or _default_chunk(prior, z[0].device))):
             m = min(_BLOCK, left)
-            z.append(prior.sample((m,)))
+            z.append(draws((m,)))
             waiting = torch.empty(m, *prior.batch_shape, dtype=torch.float32, device=z[-1].device)
             keys.append(-waiting.exponential_().log())
             left -= m
-            if not left:
-                break
         yield torch.cat(z), torch.cat(keys)
 
 # %% ../nbs/theory/05_resampling.ipynb #e615f3d6
@@ -150,11 +155,10 @@ class Resampled:
 def _run_race(log_ratio, prior: Distribution, proposals: int, chunk: int | None, generator) -> Race:
     """One streaming pass over M proposals. A row whose weights are all zero has log_sum -inf.
 
-    chunk None: 65536 rows, or as many as have 2^20 numbers where a latent has more than 16."""
-    rows = min(2**16, 2**20 // max(1, prior.event_shape.numel()))
-    chunk = chunk or max(1, rows // max(1, prior.batch_shape.numel()))
+    chunk None: see `_default_chunk`."""
     def weigh(z):
-        parts = [log_ratio_at(log_ratio, part, prior) for part in z.split(chunk)]
+        at_once = chunk or _default_chunk(prior, z.device)
+        parts = [log_ratio_at(log_ratio, part, prior) for part in z.split(at_once)]
         return check_log_weights(torch.cat(parts))
     with torch.no_grad(), seeded(generator):
         chunks = _propose(prior, proposals, chunk)
@@ -165,8 +169,9 @@ class SIR(Sampler):
     """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, odds r(z).
 
     proposals: M, one int, or one for each group. chunk: at most so many are evaluated at once
-    (memory grows with it, not with M); None: 65,536, or fewer large ones. Raises ValueError where M or chunk
-    is less than 1, a log ratio is NaN or +inf, or every weight of a row is zero."""
+    (memory grows with it, not with M); None: 65,536, or fewer large ones, fewer on a CPU. Raises
+    ValueError where M or chunk is less than 1, a log ratio is NaN or +inf, or every weight of a row
+    is zero."""
 
     def __init__(self, proposals: int | Sequence[int], chunk: int | None = None):
         self.proposals = proposals_of("SIR", proposals)
@@ -184,7 +189,7 @@ class SIR(Sampler):
     def resample(self, log_ratio, prior: Distribution, generator=None) -> Resampled:
         "The pick, the estimate of log Z and the ESS of each row; ValueError where one has none."
         end = self.stream(log_ratio, prior, generator)
-        if torch.isneginf(end.log_sum).any():
+        if not (end.log_sum > -inf).all():
             raise ValueError(f"SIR: all {self.proposals} proposals of a row have weight zero")
         ess = torch.exp(2 * end.log_sum - end.log_sum_squares)
         return Resampled(end.z, end.log_sum - log(self.proposals), ess)

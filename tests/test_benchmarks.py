@@ -68,7 +68,7 @@ def test_gpu_sampling_in_pieces(tmp_path, capsys):
     gpu = script("gpu")
     quick = ["sample", "--device", "cpu", "--quick", "--out", str(tmp_path), "--minutes"]
     gpu.main([*quick, "-1"])
-    assert "7 pieces left" in capsys.readouterr().out
+    assert "9 pieces left" in capsys.readouterr().out
     gpu.main([*quick, "9999"])
     parts = {path.stem: path.read_text() for path in tmp_path.glob("*.json")}
     assert set(parts) == {*gpu.pieces(gpu.QUICK), "sample"}
@@ -141,3 +141,15 @@ def test_progress_of_a_run(tmp_path):
     (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n")
     checkpoint.save(tmp_path / "vae.ckpt", {"step": 210, "settings": {"steps": 400}})
     assert gpu.progress(tmp_path) == {"vae": {"step": 210, "of": 400, "steps_a_second": 10.0}}
+
+
+def test_predicted_measures_both_trainings(tmp_path, monkeypatch):
+    "That figures are there, and positive by a clock that ticks whenever it is read. What they say depends on the machine."
+    out, ticks = tmp_path / "predicted.json", itertools.count()
+    predicted = script("predicted")
+    monkeypatch.setattr(predicted.predict, "LAUNCH", predicted.predict.LAUNCH)
+    monkeypatch.setattr(time, "process_time", lambda: float(next(ticks)))
+    monkeypatch.setattr(sys, "argv", ["predicted.py", "--quick", "--out", str(out)])
+    predicted.main()
+    found = json.loads(out.read_text())["found"]["digits"]
+    assert set(found) == {"VAE", "ratios"} and all(row["found_s"] > 0 and row["foreseen_s"] > 0 for row in found.values())

@@ -161,6 +161,7 @@ def test_list_and_params(ask, clone):
     (["run", "counts", "--preset", "cpu"], "there are: smoke, full"),
     (["run", "counts", "--resume", "nowhere"], "params.json"),
     (["run", "counts", "--resume", "nowhere", "--preset", "full"], "leave out"),
+    (["run", "counts", "--resume", "nowhere", "--dry-run"], "leave out"),
     (["run", "counts", "--out", "FILE/below"], "cannot write to"),
     (["run", "counts", "--out", "FILE"], "cannot write to"),
     (["run", "counts", "--out", "USED"], "never overwrites"),
@@ -177,6 +178,15 @@ def test_bad_input_is_refused_before_anything_is_made(ask, clone, arguments, wor
     code, out, err = ask(*(word.replace("FILE", str(clone / "file")).replace("USED", str(clone / "used")) for word in arguments))
     assert code == 2 and words in err and "Traceback" not in err
     assert sorted(clone.rglob("*")) == before
+
+
+def test_a_dry_run_prints_what_it_would_take_and_makes_nothing(ask, clone):
+    "This one takes nothing; tests/test_predict.py has those that do."
+    before = sorted(clone.rglob("*"))
+    code, out, err = ask("run", "counts", "--preset", "full", "--dry-run")
+    assert code == 0 and out.strip() == "counts trains no network: it takes the model of a finished run." and not err
+    assert sorted(clone.rglob("*")) == before
+    assert ask("run", "counts", "--dry-run", "-p", "steps=0")[0] == 2
 
 
 # ---- runs that end by themselves ------------------------------------------------------------------------------------

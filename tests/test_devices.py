@@ -392,7 +392,7 @@ def with_rate(ncp):
     return lars
 
 
-RACE = {"resampling._propose": 1, "resampling.check_log_weights": 2}      # deviations not negative; no NaN, no +inf
+RACE = {"resampling.check_log_weights": 1}                                # no NaN and no +inf
 LARS_WAITS = {"proposals.draw": 2, "proposals.check_acceptance": 1}       # deviations not negative; is anybody left; at most 0
 INNER_LOOPS = {
     "SIR, a block of 64 proposals": (drawing(lambda n: SIR(64 * n, chunk=64)), RACE),
@@ -455,7 +455,7 @@ def of_training(places):
 
 # Of the three the loop's own: the batch goes over, its numbers are looked at, and so are the loss and its gradient.
 STEPS = {"flat": ({"bound._check_support": 1}, {}), "two groups": ({"bound._check_support": 1}, {}),
-         "NVAE": ({"bound._check_support": 1, "models.spectral.forward": 1}, {}),
+         "NVAE": ({"bound._check_support": 1}, {}),
          "mixture": ({"bound._check_support": 1, "models.priors.__init__": 1}, {"models.priors.__init__": 1, "models.priors.sample": 5}),
          "vamp": ({"bound._check_support": 1}, {"holes.draw_of_densities": 4}), "two stages": ({"bound._check_support": 1}, {})}
 
@@ -478,7 +478,7 @@ def test_a_step_of_a_later_stage_waits_as_listed():
         def run(steps):
             fit_ncp(ncp.vae, x, ratios=ratios_of(ncp.vae), base=ncp.to(THERE), sampler=SIR(3), steps=steps, batch_size=4, lr=1e-3, seed=0)
         found = of_training(waits_of_a_step(run, 1, 2))
-    assert found == {"the training loop": 3, "resampling._propose": 4, "resampling.check_log_weights": 12, "stages._raced": 4}
+    assert found == {"the training loop": 3, "resampling.check_log_weights": 6, "stages._raced": 4}
 
 
 @pytest.mark.parametrize("module, name, text, instead, loop, place", [

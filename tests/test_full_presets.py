@@ -136,7 +136,7 @@ def test_images(command, weights, tmp_path):
     "Table 1's NVAE of 30 groups in bf16: one step of each stage. Its checkpoint takes 1.5 GB."
     write_celeba(tmp_path / "data", 20, 2)
     rows = stopped(command, tmp_path, "training.png", "images", data_root=tmp_path / "data", **weights, vae_steps=1, vae_batch=2,
-                   validation_images=4, ncp_steps=1, ncp_batch=2, ncp_width=4, limit=20, proposals=2, sample_batch=10, parts=1, compile=False)
+                   validation_images=4, ncp_steps=1, ncp_batch=2, ncp_width=4, limit=20, proposals=2, sample_batch=10, compile=False)
     assert {(row["stage"], row["step"]) for row in rows} == {("vae", 1), ("ncp", 1), ("ncp held-out", 1)}
     assert "loss_29" in rows[-1] and "loss_30" not in rows[-1]
     assert f"Inception-v3 with the file {weights['inception_sha256'][:8]}" in (tmp_path / "run" / "notebook.ipynb").read_text()

@@ -124,6 +124,19 @@ def test_bf16_autocast_keeps_the_densities_in_float32():
         assert vae.regularisation().dtype == torch.float32
 
 
+def test_autocast_does_not_round_the_latents():
+    "What reads a latent or gives a Normal its parameters is in float32; the maps between are in bf16, whose eight bits are the rounding."
+    vae, x, seen = NVAE(SCALES).eval(), images(SCALES), []
+    for group in vae.groups:
+        for layer in (group.mix, group.residual, *([group.prior] if group.prior else [])):
+            layer.register_forward_hook(lambda _, given, out: seen.append((given[0].dtype, out.dtype)))
+        group.cells.register_forward_hook(lambda _, given, out: seen.append(given[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        vae.walk(from_posterior(), evidence=vae.encode(x))
+    assert {each for each in seen if isinstance(each, tuple)} == {(torch.float32, torch.float32)}
+    assert [each for each in seen if not isinstance(each, tuple)][1:] == 2 * [torch.bfloat16]
+
+
 def test_double_precision_stays_double():
     vae = NVAE(TINY).double().eval()
     assert vae.walk(from_posterior(), evidence=vae.encode(images(TINY).double())).log_prior().dtype == torch.float64
@@ -278,6 +291,14 @@ def test_gradients_through_two_calls_before_one_backward():
     vae = NVAE(TINY)
     (vae.regularisation() + vae.regularisation()).backward()
     assert all(p.grad.isfinite().all() for p in vae.parameters() if p.grad is not None)
+
+
+def test_a_state_that_is_loaded_says_itself_whether_it_is_started():
+    conv = nn.Conv2d(8, 8, 1)
+    fresh, used = SpectralNorms(conv), SpectralNorms(conv)
+    state = {name: value.clone() for name, value in fresh.state_dict().items()}
+    used(conv), used.load_state_dict(state)
+    assert torch.equal(used(conv), fresh(conv))                # forty iterations again, from the same start
 
 
 def test_a_checkpoint_holds_all_of_it():

@@ -15,7 +15,7 @@ from torch.distributions import Independent, Normal
 
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.prior import NoiseContrastivePrior
-from ncp_vae.resampling import (_BLOCK, SIR, Race, Sampler, effective_sample_size, k_hat_threshold, merge, one_a_group,
+from ncp_vae.resampling import (_BLOCK, SIR, _default_chunk, Race, Sampler, effective_sample_size, k_hat_threshold, merge, one_a_group,
                                 pareto_k_hat, proposals_of, _propose, race)
 from ncp_vae.walk import seeded
 
@@ -65,6 +65,14 @@ def test_each_proposal_is_evaluated_once_and_few_at_a_time(M, chunk):
     assert sum(sizes) == M and max(sizes) <= (chunk or M)
 
 
+def test_a_gpu_is_given_thousands_of_rows():
+    "On a processor as many latents of 20 x 32 x 32 as its cache holds; elsewhere 6,553 rows of all images together, 65,536 small ones."
+    cpu, there = torch.device("cpu"), torch.device("cuda")
+    large, small = normal(100, 20 * 32 * 32), normal(4, 2)
+    assert [_default_chunk(prior, device) for prior in (large, small) for device in (cpu, there)] == [1, 65, 16384, 16384]
+    assert _default_chunk(normal(1, 20 * 8 * 8), there) == 65536
+
+
 @pytest.mark.parametrize("M", [640, 6400])
 def test_memory_does_not_grow_with_the_number_of_proposals(M):
     alive, most = weakref.WeakSet(), 0
@@ -73,8 +81,8 @@ def test_memory_does_not_grow_with_the_number_of_proposals(M):
         pass
 
     class Watching(Independent):
-        def sample(self, shape=torch.Size()):
-            z = super().sample(shape).as_subclass(Watched)
+        def rsample(self, shape=torch.Size()):
+            z = super().rsample(shape).as_subclass(Watched)
             alive.add(z)
             return z
 

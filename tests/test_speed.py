@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ncp_vae.models.ratios import ConvRatio, MLPRatio, PooledLogit
-from ncp_vae.models.speed import Autocast, cpp_compiler, speed_up
+from ncp_vae.models.speed import Autocast, _outermost, cpp_compiler, speed_up
 from ncp_vae.prior import NoiseContrastivePrior
 from ncp_vae.sampling import SIR
 from ncp_vae.walk import FlatVAE, diagonal_normal
@@ -111,6 +111,12 @@ def test_without_a_compiler_it_is_said_before_anything_is_changed(monkeypatch):
         speed_up(ratio, channels_last=True, compile=True)
     assert ratio.from_z.weight.is_contiguous()
     assert speed_up(ratio, channels_last=True) is ratio                       # this one needs none
+
+
+def test_an_empty_part_is_not_compiled():
+    "The first group of a hierarchy has no cells; a graph of nothing breaks what is compiled around it."
+    module = nn.ModuleDict(dict(empty=nn.Sequential(), full=nn.Sequential(nn.Identity())))
+    assert list(_outermost(module)) == [module["full"]]
 
 
 def test_nothing_to_compile_is_an_error():

@@ -18,7 +18,9 @@ from ncp_vae.engine.streams import stream
 from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
 from ncp_vae.flows import RealNVP
 from ncp_vae.models.flat import DenseVAE
+from ncp_vae.models.hierarchical import DenseHierarchy
 from ncp_vae.models.likelihoods import normal
+from ncp_vae.models.nvae import NVAE, preset
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.resampling import SIR
 from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
@@ -660,8 +662,78 @@ def test_beta_weighs_the_kl_in_training_and_in_the_choice(tmp_path):
     bound = elbo(vae, x, torch.Generator().manual_seed(stream(0, "held-out")))
     assert row["elbo"] == pytest.approx(bound.elbo.mean().item(), abs=1e-3)
     assert row["loss"] == pytest.approx((2 * bound.kl.sum(-1) - bound.elbo).mean().item(), abs=1e-3)
-    with pytest.raises(ValueError, match="beta and spectral must be at least 0, got 0, -1"):
+    with pytest.raises(ValueError, match=r"beta, spectral, spectral_start must be at least 0, got \[0, -1"):
         fit_vae(vae, x, beta=-1, steps=1, batch_size=64, lr=1e-4, seed=0)
+
+
+class Balanced(DenseHierarchy):
+    "Shares the KL out by its size, and counts how often its price is asked for."
+    asked = 0
+
+    def kl_weights(self, kl):
+        return kl.detach().mean(0) / kl.detach().mean()
+
+    def regularisation(self):
+        Balanced.asked += 1
+        return sum(weight.square().sum() for weight in self.parameters())
+
+
+def test_parts_share_the_kl_out_as_the_whole_batch_does():
+    """The loss of a batch in three parts is that of the whole with the same draws, of which each part's own shares would miss 2 %.
+    The look at all parts leaves no trace in the random numbers. The price counts once."""
+    vae, x = Balanced((1, 2, 2), groups=2, latent_dim=3, hidden=8, width=8), torch.rand(10, 1, 2, 2).bernoulli()
+    with torch.no_grad():
+        for weight in vae.parameters():
+            weight *= 1.5
+    loss, parts = VAELoss(vae, 10, kl_balance=True, spectral=0.1), x.tensor_split(3)
+    torch.manual_seed(1)
+    given = loss.prepare(parts, 5)
+    in_parts = sum(loss(part, 5, *more)["loss"] * len(part) / 10 for part, more in zip(parts, given))
+    torch.manual_seed(1)
+    bounds = [elbo(vae.train(), part) for part in parts]
+    kl, reconstruction = (torch.cat(each) for each in zip(*((bound.kl, bound.reconstruction) for bound in bounds)))
+    def whole(shares):
+        return 0.5 * (shares * kl.mean(0)).sum() - reconstruction.mean() + 0.1 * vae.regularisation()
+    assert in_parts.item() == pytest.approx(whole(vae.kl_weights(kl)).item(), rel=1e-5)
+    each = sum(0.5 * (vae.kl_weights(b.kl) * b.kl.mean(0)).sum() * len(b.kl) / 10 for b in bounds)
+    assert abs(each - 0.5 * (vae.kl_weights(kl) * kl.mean(0)).sum()) > 1e-3 * each
+    before = Balanced.asked
+    fit_vae(vae, x, steps=2, batch_size=10, lr=1e-3, seed=0, kl_warmup=9, kl_balance=True, spectral=0.1, machine=Machine(parts=3))
+    assert Balanced.asked == before + 2
+
+
+def test_a_look_at_the_whole_batch_leaves_batch_norms_as_they_were():
+    loss = VAELoss(NVAE(preset("digits").config), 10, kl_balance=True)
+    x, before = torch.rand(6, 1, 8, 8).bernoulli(), {name: value.clone() for name, value in loss.state_dict().items()}
+    (shares, _), _ = loss.prepare(x.tensor_split(2), 3)
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+    assert shares.shape == (2,) and shares.mean().item() == pytest.approx(1, rel=1e-5)
+    loss(x, 3)
+    assert not all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+    assert loss.prepare([x], 3) == loss.prepare([x], 30) == [(None, 1.0)]               # one part, or no warm-up: nothing to look at
+
+
+def test_the_price_on_the_weights_falls_in_a_line_of_its_logarithm():
+    vae, x = Shares((2,), 2, hidden=(4,), sigma=0.5), torch.rand(8, 2)
+    def price(step, **how):
+        torch.manual_seed(0)
+        free = VAELoss(vae, kl_warmup=10)(x, step)["loss"]
+        torch.manual_seed(0)
+        return ((VAELoss(vae, kl_warmup=10, **how)(x, step)["loss"] - free) / vae.regularisation()).item()
+    assert [price(step, spectral=0.1, spectral_start=10.0) for step in (0, 5, 10)] == pytest.approx([10, 1, 0.1], rel=1e-3)
+    assert [price(step, spectral=0.1) for step in (0, 5, 10)] == pytest.approx([0.1] * 3, rel=1e-3)
+
+
+def test_synchronised_batch_norm_on_one_process_is_batch_norm():
+    found = []
+    for sync in (False, True):
+        torch.manual_seed(0)
+        vae = NVAE(preset("digits").config)
+        fit_vae(vae, torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)).bernoulli(), steps=1, batch_size=8, lr=1e-3, seed=0,
+                spectral=0.1, machine=Machine(sync_batch_norm=sync))
+        assert any(isinstance(module, nn.SyncBatchNorm) for module in vae.modules()) == sync
+        found.append(vae.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_law_does_not_come_back_upon_another_vae(tmp_path):

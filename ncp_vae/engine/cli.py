@@ -160,6 +160,12 @@ def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
     return 0
 
 # %% ../../nbs/engine/cli.ipynb #0c15860b
+def _dry_run(name: str, params: dict) -> int:
+    "Print what a run will take on a GPU; see `forecast`."
+    from ncp_vae.engine.predict import forecast
+    _tell(forecast(name, params))
+    return 0
+
 def _run(args: argparse.Namespace) -> int:
     "ncp-vae run: a new run, or another attempt at an unfinished one."
     experiment = find_experiment(args.name)
@@ -167,10 +173,12 @@ def _run(args: argparse.Namespace) -> int:
         raise ModuleNotFoundError("papermill is not installed")
     if args.resume is None:
         params = params_for(experiment, args.preset or "smoke", _assignments(args.param))
+        if args.dry_run:
+            return _dry_run(experiment.name, params)
         folder = new_run(args.out, experiment.name, args.preset or "smoke", params)
-    elif args.param or args.preset or args.out:
+    elif args.param or args.preset or args.out or args.dry_run:
         raise ValueError("--resume takes folder, preset and parameters from the run: "
-                         "leave out --out, --preset and -p")
+                         "leave out --out, --preset, --dry-run and -p")
     else:
         folder = Path(args.resume).absolute()
         params = resume_run(folder, experiment)
@@ -205,10 +213,12 @@ _COMMANDS = {
                                     help="see `ncp-vae params NAME`")),
            (["--preset"], dict(metavar="smoke|cpu|full", help="by default smoke, the notebook's defaults")),
            (["--out"], dict(metavar="DIR", help="a new folder; by default runs/NAME/TIME-PRESET")),
-           (["--resume"], dict(metavar="DIR", help="go on with an unfinished run in its folder"))],
+           (["--resume"], dict(metavar="DIR", help="go on with an unfinished run in its folder")),
+           (["--dry-run"], dict(action="store_true", help="only print its hours and memory on GPUs"))],
     _report: [(["folders"], dict(nargs="*", metavar="DIR",
                                  help="runs, or folders of runs, to list the metrics of"))]}
 
+# %% ../../nbs/engine/cli.ipynb #3f5e6c15
 def _parser() -> argparse.ArgumentParser:
     "The command line, from the table above and the first line of each function's docstring."
     top = argparse.ArgumentParser(

@@ -66,7 +66,8 @@ def _settings_for(model: str, n_images: int, *, steps: int = 0, batch_size: int 
     warm_up = min(steps // 10, chosen.warm_up_epochs * epoch)
     adamax = Recipe("adamax", chosen.lr_min, warm_up, chosen.weight_decay)
     return dict(steps=steps, batch_size=batch_size, lr=chosen.lr, kl_warmup=round(chosen.kl_warm_up * steps),
-                recipe=adamax, machine=Machine(channels_last=True), kl_balance=True, spectral=chosen.spectral)
+                recipe=adamax, machine=Machine(channels_last=True), kl_balance=True, spectral=chosen.spectral,
+                spectral_start=chosen.spectral_start)
 
 # %% ../../nbs/engine/recipes.ipynb #185a4416
 def build_vae(model: str, image_shape, n_images: int, *, steps: int = 0, batch_size: int = 128,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% ../../nbs/engine/train.ipynb #28e8ab45
-from ..bound import elbo
+from ..bound import elbo, elbo_of
 from ..energy import EBMLoss
 from . import checkpoint as checkpoints
 from .batches import Images, batches, count_images, digest, digest_of_data, first_images
@@ -66,6 +66,7 @@ class Machine:
     channels_last: bool = False   # memory format of convolutions
     compile: bool = False         # torch.compile of the networks
     parts: int = 1                # a batch goes through in so many parts, whose gradients add up
+    sync_batch_norm: bool = False # statistics of all processes' parts together (CUDA)
 
     def __post_init__(self):
         if not isinstance(self.parts, int) or self.parts < 1:
@@ -108,10 +109,10 @@ class _Training:
 
     def __init__(self, loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
                  checkpoint: str | Path | None):
-        self.settings = settings
-        self.machine = machine
-        self.checkpoint = checkpoint
+        self.settings, self.machine, self.checkpoint = settings, machine, checkpoint
         self.accelerator = Accelerator()
+        if machine.sync_batch_norm:
+            nn.SyncBatchNorm.convert_sync_batchnorm(loss)
         self.lr_at = partial(_lr_at, steps=settings["steps"], lr=settings["lr"], recipe=recipe)
         self.model = self.accelerator.prepare(loss)
         self.optimizer = _optimizer(loss, settings["lr"], recipe, self.accelerator.device)
@@ -146,9 +147,14 @@ class _Training:
 def _backward(training: _Training, x: Tensor) -> dict[str, Tensor]:
     "The batch's loss and what else is logged; its gradient is with the weights."
     terms = {}
-    for part in x.tensor_split(training.machine.parts):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=training.machine.bf16):
-            found = training.model(part, training.step)
+    parts = x.tensor_split(training.machine.parts)
+    autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=training.machine.bf16)
+    with autocast():
+        prepare = getattr(training.state["loss"], "prepare", lambda parts, step: [()] * len(parts))
+        given = prepare(parts, training.step)
+    for part, of_whole in zip(parts, given):
+        with autocast():
+            found = training.model(part, training.step, *of_whole)
         found = {key: value * (len(part) / len(x)) for key, value in found.items()}
         found["loss"].backward()
         terms = {key: terms.get(key, 0) + value.detach() for key, value in found.items()}
@@ -297,35 +303,68 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     for key, value in training.best["weights"].items():
         weights[key].copy_(value)
 
-# %% ../../nbs/engine/train.ipynb #012cb1b9
+# %% ../../nbs/engine/train.ipynb #e045b58e
 def _without_priors(vae: TopDownVAE) -> TopDownVAE:
     "The VAE inside `WithPriors`, or else itself."
     return _without_priors(vae.vae) if isinstance(vae, WithPriors) else vae
 
+# %% ../../nbs/engine/train.ipynb #012cb1b9
 class VAELoss(nn.Module):
     "Minus the mean ELBO, its KL weighted by beta min(1, step / kl_warmup), and what `fit_vae` describes."
     def __init__(self, vae: TopDownVAE, kl_warmup: int, kl_balance: bool = False, spectral: float = 0.0,
-                 beta: float = 1.0):
+                 beta: float = 1.0, spectral_start: float = 0.0):
         super().__init__()
         self.vae = vae
         self.kl_warmup = kl_warmup
         self.kl_balance = kl_balance
         self.spectral = spectral
         self.beta = beta
+        self.spectral_start = spectral_start or spectral
         for needed, used in [("kl_weights", kl_balance), ("regularisation", spectral)]:
             if used and not hasattr(_without_priors(vae), needed):
                 raise ValueError("kl_balance and spectral are for models like NVAE; "
                                  f"{type(vae).__name__} has no {needed}")
 
-    def forward(self, x: Tensor, step: int) -> dict[str, Tensor]:
-        risen = min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0
+    def risen(self, step: int) -> float:
+        "The share of its warm-up that the KL has behind it."
+        return min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0
+
+    def prepare(self, parts: Sequence[Tensor], step: int) -> list[tuple[Tensor | None, float]]:
+        "For each part: the whole batch's shares of the KL, and how often the price on the weights counts."
+        n = sum(map(len, parts))
+        shares = None
+        if self.kl_balance and self.risen(step) < 1 and len(parts) > 1:
+            shares = _without_priors(self.vae).kl_weights(_kl_without_trace(self.vae, parts))
+        return [(shares, n / len(part) if part is parts[0] else 0.0) for part in parts]
+
+    def forward(self, x: Tensor, step: int, shares: Tensor | None = None, priced: float = 1.0) -> dict:
+        risen = self.risen(step)
         bound = elbo(self.vae, x)
         reconstruction, kl = bound.reconstruction.mean(), bound.kl.sum(-1).mean()
-        shares = _without_priors(self.vae).kl_weights(bound.kl) if self.kl_balance and risen < 1 else 1.0
+        if shares is None:
+            shares = _without_priors(self.vae).kl_weights(bound.kl) if self.kl_balance and risen < 1 else 1.0
         loss = self.beta * risen * (shares * bound.kl.mean(0)).sum() - reconstruction
-        if self.spectral:
-            loss = loss + self.spectral * _without_priors(self.vae).regularisation()
+        if self.spectral and priced:
+            weight = self.spectral * (self.spectral_start / self.spectral) ** (1 - risen)
+            loss = loss + priced * weight * _without_priors(self.vae).regularisation()
         return dict(loss=loss, elbo=(reconstruction - kl).detach(), kl=kl.detach())
+
+# %% ../../nbs/engine/train.ipynb #724fea26
+def _kl_without_trace(vae: TopDownVAE, parts: Sequence[Tensor]) -> Tensor:
+    "KL of every image and group: [B, K], nats; random numbers and batch norms are left as they were."
+    norms = [module for module in vae.modules() if getattr(module, "track_running_stats", False)]
+    found = []
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        with torch.no_grad(), undisturbed(parts[0].device):
+            for part in parts:
+                walk = vae.walk(from_posterior(), evidence=vae.encode(part))
+                found.append(elbo_of(vae, walk, part).kl)
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+    return torch.cat(found)
 
 # %% ../../nbs/engine/train.ipynb #fb0f22c0
 def _description(module: nn.Module) -> dict:
@@ -352,23 +391,24 @@ def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: 
 # %% ../../nbs/engine/train.ipynb #f0a00688
 def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: float, seed: int,
             kl_warmup: int = 0, beta: float = 1.0, kl_balance: bool = False, spectral: float = 0.0,
-            held_out: Tensor | None = None, recipe: Recipe = Recipe(), machine: Machine = Machine(),
-            history: str | Path | None = None, checkpoint: str | Path | None = None) -> TopDownVAE:
+            spectral_start: float = 0.0, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
+            machine: Machine = Machine(), history: str | Path | None = None,
+            checkpoint: str | Path | None = None) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, in eval mode, on the training device.
 
     data: [N, *image], a Dataset or a DataLoader of images. Parameters that need no gradient stay as they are.
     kl_warmup: steps over which the KL's weight goes from 0 to beta. kl_balance: share it out by
-    vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of vae.regularisation(). held_out:
-    [N, *image] not in data; their ELBO stands in the history, and the weights returned are those of the
-    highest one (with the KL weighted by beta) found after the warm-up. The rest: see `fit`."""
-    if min(kl_warmup, beta, spectral) < 0:
-        raise ValueError("fit_vae: kl_warmup, beta and spectral must be at least 0, "
-                         f"got {kl_warmup}, {beta} and {spectral}")
+    vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of vae.regularisation(), log-linearly from
+    spectral_start (0: constant) meanwhile. held_out: [N, *image] not in data; their ELBO stands in the
+    history, and the weights of the highest (KL weighted by beta) after it are kept. The rest: see `fit`."""
+    numbers = dict(kl_warmup=kl_warmup, beta=beta, spectral=spectral, spectral_start=spectral_start)
+    if min(numbers.values()) < 0:
+        raise ValueError(f"fit_vae: {', '.join(numbers)} must be at least 0, got {[*numbers.values()]}")
     _try_out(vae.eval(), data, batch_size, seed)
-    about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), kl_warmup=kl_warmup,
-                 beta=beta, kl_balance=kl_balance, spectral=spectral, model=_description(vae),
-                 frozen=digest("", [p for p in vae.parameters() if not p.requires_grad]))
-    loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral, beta)
+    about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), model=_description(vae),
+                 frozen=digest("", [p for p in vae.parameters() if not p.requires_grad]),
+                 kl_balance=kl_balance, **{k: v for k, v in numbers.items() if v or k != "spectral_start"})
+    loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral, beta, spectral_start)
     look = partial(_held_out_elbo, vae, held_out, stream(seed, "held-out"), -(-batch_size // machine.parts),
                    beta)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae", about=about,

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
+from ..walk import at_least_float32
+
 # %% ../../nbs/models/cells.ipynb #74fa7a9b
+def norm_scale(matrices: Tensor, log_norms: Tensor) -> Tensor:
+    "What gives the rows of [..., out, rest] the norms exp(log_norms): [..., out]."
+    return log_norms.exp() / matrices.norm(dim=-1).clamp_min(1e-5)
+
 class NormedConv2d(nn.Conv2d):
     """A convolution whose kernel has the learned norm exp(log_norm) in each output channel.
 
@@ -28,11 +34,27 @@ class NormedConv2d(nn.Conv2d):
 
     def kernel(self) -> Tensor:
         "The effective weight: [out, in / groups, height, width]."
-        scale = self.log_norm.exp() / self.weight.flatten(1).norm(dim=1)
-        return self.weight * scale.view(-1, 1, 1, 1)
+        return self.weight * norm_scale(self.weight.flatten(1), self.log_norm).view(-1, 1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.kernel(), self.bias)
+
+# %% ../../nbs/models/cells.ipynb #7e346491
+def _autocast_on(x: Tensor) -> bool:
+    "Whether there is autocast for tensors of x's device, and it is on."
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    "layer(x) outside autocast; in float32 or better, where autocast is on."
+    if not _autocast_on(x):
+        return layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(at_least_float32(x))
+
+def autocast_maps(x: Tensor) -> Tensor:
+    "Maps in the precision of a convolution's under autocast; as they are, where autocast is off."
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocast_on(x) else x
 
 # %% ../../nbs/models/cells.ipynb #5bfb9a52
 def batch_norm(channels: int) -> nn.BatchNorm2d:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import elu, pad
 
-from .cells import NormedConv2d, bottom_up_cell, top_down_cell
+from .cells import (NormedConv2d, autocast_maps, bottom_up_cell, in_float32,
+                                  top_down_cell)
 from .config import PlainConfig
 from .flat import check_shape
 from .hierarchical import soft_clamp
@@ -118,15 +119,15 @@ class _Group(nn.Module):
         if self.prior is None:
             base = s.new_zeros(len(s), 2 * self.latent_channels, *s.shape[2:])
         else:
-            base = at_least_float32(self.prior(elu(s)))
+            base = in_float32(self.prior, elu(s))
         if feature is None:
             return _gaussian(base), None
         seen = feature if self.see is None else feature + self.see(s)
-        return _gaussian(base), _gaussian(base + at_least_float32(self.residual(seen)))
+        return _gaussian(base), _gaussian(base + in_float32(self.residual, seen))
 
     def absorb(self, s: Tensor, z: Tensor) -> Tensor:
         "The feature map after z: [B, channels, h, w]."
-        return self.mix(torch.cat([s, z], dim=1))
+        return autocast_maps(in_float32(self.mix, torch.cat([at_least_float32(s), z], dim=1)))
 
 # %% ../../nbs/models/nvae.ipynb #935b2b3a
 class _BottomUp(nn.Module):
@@ -274,7 +275,7 @@ class Preset(PlainConfig):
     dataset: str                # as in ncp_vae.engine.data.load
     epochs: int
     batch_size: int             # of all processes together
-    spectral: float             # weight of NVAE.regularisation()
+    spectral: float             # weight of NVAE.regularisation(), at the end of the KL's warm-up
     from_source: str            # what is published, and where
     inferred: str               # what is not
     lr: float = 1e-2
@@ -282,6 +283,7 @@ class Preset(PlainConfig):
     warm_up_epochs: int = 5     # of the learning rate
     weight_decay: float = 3e-4
     kl_warm_up: float = 0.3     # share of the training over which the KL's weight rises from 0 to 1
+    spectral_start: float = 0.0 # the weight at its start, from where it goes to `spectral`; 0: constant
 
     def __post_init__(self):
         if isinstance(self.config, dict):       # from JSON
@@ -333,11 +335,10 @@ PRESETS["celeba64-30"] = _celeba64(10, _GROUPS.format(30), _LIKE_15)
 PRESETS["celebahq256"] = Preset(
     NVAEConfig((3, 256, 256), (4,) * 5, channels=32, blocks=1, cells_per_block=2, likelihood="normal",
                bits=5),
-    "celebahq256", 200, 64, 1e-2, lr=6e-3,
-    from_source="20 groups and the Normal likelihood: the paper (section 5, App. D). The net and the recipe: "
-                "VAEBM's command for its base model; images of 5 bits.",
-    inferred="That the paper's base model is VAEBM's. Its anneals the spectral weight from 10; here it is "
-             "constant. " + _NO_FLOWS)
+    "celebahq256", 200, 64, 1e-2, lr=6e-3, spectral_start=10.0,
+    from_source="20 groups and the Normal likelihood: the paper (section 5, App. D). The net and the recipe, "
+                "a spectral weight that falls from 10: VAEBM's command for its base model; images of 5 bits.",
+    inferred="That the paper's base model is VAEBM's. " + _NO_FLOWS)
 
 PRESETS["digits"] = Preset(
     NVAEConfig((1, 8, 8), (2,), channels=8, blocks=1, cells_per_block=1, latent_channels=4,

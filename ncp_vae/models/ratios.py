@@ -11,7 +11,7 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cells import SqueezeExcite, squares
+from .cells import SqueezeExcite, autocast_maps, in_float32, squares
 from .config import configured
 from ..nce import RatioEstimator
 
@@ -52,7 +52,7 @@ class MLPRatio(RatioEstimator):
             if z.shape[-len(self.latent_shape):] != self.latent_shape:
                 raise ValueError(f"MLPRatio: latents end in {tuple(self.latent_shape)}, "
                                  f"got shape {tuple(z.shape)}")
-            h = self.rest(self.from_z(z.flatten(-len(self.latent_shape))) + offset)
+            h = self.rest(in_float32(self.from_z, z.flatten(-len(self.latent_shape))) + offset)
             with torch.autocast(z.device.type, enabled=False):       # a logit in bf16 would have 8 bits
                 return self.logit(h.to(self.logit.weight.dtype)).squeeze(-1)
         return log_ratio
@@ -142,10 +142,10 @@ class ConvRatio(RatioEstimator):
         offset = None if context is None else self.from_context(context)                   # [B, width, H, W]
         def log_ratio(z: Tensor) -> Tensor:
             _check_rows(self, z, offset)
-            maps = self.from_z(z.flatten(0, -4))
+            maps = in_float32(self.from_z, z.flatten(0, -4))
             if offset is not None:
-                maps = (maps.unflatten(0, (-1, len(offset))) + offset).flatten(0, 1)
-            return self.trunk(maps).view(z.shape[:-3])
+                maps.unflatten(0, (-1, len(offset))).add_(offset)      # in place: a map less to write
+            return self.trunk(autocast_maps(maps)).view(z.shape[:-3])
         return log_ratio
 
 # %% ../../nbs/models/ratios.ipynb #20d2e4c1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .cells import NormedConv2d
+from .cells import NormedConv2d, norm_scale
 
 # %% ../../nbs/models/spectral.ipynb #a01d7fb0
 def stacked_kernels(model: nn.Module) -> list[Tensor]:
@@ -18,9 +18,15 @@ def stacked_kernels(model: nn.Module) -> list[Tensor]:
     shapes = {}
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d):
-            matrix = (conv.kernel() if isinstance(conv, NormedConv2d) else conv.weight).flatten(1)
-            shapes.setdefault(matrix.shape, []).append(matrix)
-    return [torch.stack(matrices) for matrices in shapes.values()]
+            shapes.setdefault((conv.weight.flatten(1).shape, isinstance(conv, NormedConv2d)), []).append(conv)
+    return [_stacked(convs, normed) for (_, normed), convs in shapes.items()]
+
+def _stacked(convs: list[nn.Conv2d], normed: bool) -> Tensor:
+    "The matrices of convolutions of one kind and shape: [n, out, rest]."
+    matrices = torch.stack([conv.weight.flatten(1) for conv in convs])
+    if not normed:
+        return matrices
+    return matrices * norm_scale(matrices, torch.stack([conv.log_norm for conv in convs]))[..., None]
 
 # %% ../../nbs/models/spectral.ipynb #3264f1f3
 class SpectralNorms(nn.Module):
@@ -33,10 +39,12 @@ class SpectralNorms(nn.Module):
         for i, stack in enumerate(stacked_kernels(model)):
             self.register_buffer(f"u{i}", normalize(torch.randn_like(stack[..., 0]), dim=-1))     # [n, out]
         self.register_buffer("started", torch.tensor(False))
+        self.known = False         # that it is started: read once, since a GPU has to be waited for
 
     def forward(self, model: nn.Module) -> Tensor:
         values = []
-        iterations = 4 if self.started else 40
+        self.known = self.known or bool(self.started)
+        iterations = 4 if self.known else 40
         for i, stack in enumerate(stacked_kernels(model)):
             with torch.autocast(stack.device.type, enabled=False):
                 u = self.get_buffer(f"u{i}")
@@ -45,6 +53,10 @@ class SpectralNorms(nn.Module):
                 values.append(torch.einsum("no,nor,nr->n", u, stack, v))
         self.started.fill_(True)
         return torch.cat(values)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.known = False
 
 def _iterate(stack: Tensor, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     "Power iteration on n matrices [n, out, rest] from u: [n, out] -> u and v: [n, rest], of length one."
@@ -55,6 +67,9 @@ def _iterate(stack: Tensor, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]
 
 # %% ../../nbs/models/spectral.ipynb #f4ef2613
 def norm_scales(model: nn.Module) -> Tensor:
-    "The largest |gamma| of each batch norm: [number of batch norms], with gradients."
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    return torch.stack([norm.weight.abs().max() for norm in norms])
+    "The largest |gamma| of each batch norm: [number of batch norms], sorted by shape, with gradients."
+    shapes = {}
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            shapes.setdefault(module.weight.shape, []).append(module.weight)
+    return torch.cat([torch.stack(weights).abs().amax(1) for weights in shapes.values()])

@@ -22,9 +22,9 @@ def cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 def _outermost(module: nn.Module) -> Iterator[nn.Sequential]:
-    "Each nn.Sequential in the module that is not inside another one; the module itself, if it is one."
+    "Each nn.Sequential with layers that is not inside another one; the module itself, if it is one."
     if isinstance(module, nn.Sequential):
-        yield module
+        yield from [module] if len(module) else []
     else:
         for child in module.children():
             yield from _outermost(child)
