@@ -96,11 +96,43 @@ def _diverged(settings: dict, what: str) -> FloatingPointError:
     return FloatingPointError(f"{settings['name']}: {what}; begin anew with a lower lr than "
                               f"{settings['lr']}, or look at the data")
 
+def _fits(saved: dict, here: dict) -> bool:
+    "Whether saved weights have the names, shapes and types of those here, and are finite."
+    return saved.keys() == here.keys() and all(
+        (value.shape, value.dtype) == (here[name].shape, here[name].dtype) and bool(value.isfinite().all())
+        for name, value in saved.items())
+
 def _optimizer(loss: nn.Module, lr: float, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     "Of the recipe, for all parameters of the loss."
     kind = {"adam": partial(torch.optim.Adam, fused=device.type in ("cpu", "cuda")),
             "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
     return kind(loss.parameters(), lr, weight_decay=recipe.weight_decay)
+
+# %% ../../nbs/engine/train.ipynb #c4a1e010
+def _take_moments(optimizer: torch.optim.Optimizer, moments: dict) -> bool:
+    "Give a new optimizer the moments of a checkpoint; whether they are those of its weights."
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    shapes = [(value.shape, weights[index].shape)
+              for index, of_weight in moments.items() for value in of_weight.values()]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return shapes != [] and all(shape in ((), expected) for shape, expected in shapes)
+
+def _check_saved(training: "_Training", file: Path, saved: dict) -> None:
+    """Take the moments of a checkpoint where it can be one of this training; else `Damaged`.
+
+    ValueError where it is of another one."""
+    try:
+        _check_settings(file, saved["settings"], training.settings)
+        here, best = training.loss.state_dict(), saved["best"]
+        sound = (type(saved["step"]) is int and 0 < saved["step"] <= training.settings["steps"]
+                 and 0 <= best["step"] <= saved["step"] and best["loss"] <= inf
+                 and _fits(saved["loss"], here) and _fits(best["weights"], here if best["step"] else {})
+                 and _take_moments(training.optimizer, saved["moments"]))
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise checkpoints.Damaged(f"{file} is no checkpoint of a training: {error!r}") from error
+    if not sound:
+        raise checkpoints.Damaged(f"{file} holds no state of this training: its step is {saved['step']!r}, "
+                                  "and its weights must be finite and of the shapes here")
 
 # %% ../../nbs/engine/train.ipynb #1e05dd27
 class _Training:
@@ -108,6 +140,7 @@ class _Training:
 
     def __init__(self, loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
                  checkpoint: str | Path | None):
+        self.loss = loss
         self.settings = settings
         self.machine = machine
         self.checkpoint = checkpoint
@@ -116,15 +149,14 @@ class _Training:
         self.model = self.accelerator.prepare(loss)
         self.optimizer = _optimizer(loss, settings["lr"], recipe, self.accelerator.device)
         speed_up(loss, machine.channels_last, machine.compile)
-        self.state = dict(loss=loss, optimizer=self.optimizer)
         self.step = self.kept = 0
         self.best = dict(step=0, loss=inf, weights={})      # of the looks at held-out images; step 0: none
         self.whole = True          # no step has begun that did not end
+        self.sound = True          # what is at `checkpoint` may be kept as the older one
         if checkpoint is not None and checkpoints.claim(checkpoint).is_file():
-            saved = checkpoints.load(checkpoint)
-            _check_settings(checkpoint, saved.get("settings") or {}, settings)
-            for key, part in self.state.items():
-                part.load_state_dict(saved[key])
+            file, saved = checkpoints.load_last(checkpoint, partial(_check_saved, self))
+            self.sound = file == Path(checkpoint)
+            loss.load_state_dict(saved["loss"])
             self.step = self.kept = saved["step"]
             self.best = saved["best"]
 
@@ -132,14 +164,16 @@ class _Training:
         "Write the checkpoint, if it is new and of a whole step; FloatingPointError where it is not finite."
         if self.kept == self.step or not self.whole:
             return
-        state = {key: part.state_dict() for key, part in self.state.items()}
-        spoilt = [name for name, value in state["loss"].items() if not torch.isfinite(value).all()]
+        weights = self.loss.state_dict()
+        spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if spoilt:
             after = f"after step {self.step} of {self.settings['steps']}"
             raise _diverged(self.settings, f"{after} {spoilt[0]} is not finite")
         if self.checkpoint is not None and self.accelerator.is_main_process:
-            state.update(settings=self.settings, step=self.step, best=self.best)
-            checkpoints.save(self.checkpoint, state)
+            state = dict(settings=self.settings, step=self.step, best=self.best, loss=weights,
+                         moments=self.optimizer.state_dict()["state"])
+            checkpoints.save(self.checkpoint, state, keep=self.sound)
+            self.sound = True
         self.kept = self.step
 
 # %% ../../nbs/engine/train.ipynb #5d586383
@@ -229,7 +263,7 @@ def _look(training: _Training, monitor: Callable[[], dict] | None, best_from: in
         return
     row, = broadcast_object_list([monitor()])          # the first process's: all keep the same step
     if step >= best_from and row.get("loss", inf) < training.best["loss"]:
-        weights = training.state["loss"].state_dict()
+        weights = training.loss.state_dict()
         training.best = dict(step=step, loss=row["loss"],
                              weights={key: value.to("cpu", copy=True) for key, value in weights.items()})
     log(dict(stage=f"{training.settings['name']} held-out", step=step, **row,
