@@ -127,7 +127,7 @@ def status(folder):
 def test_help_names_the_exit_codes_and_loads_nothing_slow(ask):
     "How many seconds that makes, benchmarks/process.py measures."
     code, out, _ = ask("--help")
-    assert code == 0 and all(word in out for word in ("list", "params", "run", "report", "130", "143"))
+    assert code == 0 and all(word in out for word in ("list", "params", "run", "report", "124", "130", "138", "143"))
     code = "import sys\nfrom ncp_vae.engine.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print('loaded', *sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout
     loaded = set(said[said.rindex("loaded"):].split())
@@ -158,6 +158,10 @@ def test_list_and_params(ask, clone):
     (["run", "counts", "-p", "steps"], "expected NAME=VALUE"),
     (["run", "counts", "-p", "steps=1", "-p", "steps=2"], "given twice"),
     (["run", "counts", "-p", "run_dir=/x"], "--out"),
+    (["run", "counts", "-p", "seed=2e20"], "seed = '2e20': must be below 2^63"),
+    (["run", "counts", "--time-limit", "-1"], "expected a number of seconds"),
+    (["run", "counts", "--time-limit", "nan"], "expected a number of seconds"),
+    (["run", "counts", "--time-limit", "8h"], "invalid float value"),
     (["run", "counts", "--preset", "cpu"], "there are: smoke, full"),
     (["run", "counts", "--resume", "nowhere"], "params.json"),
     (["run", "counts", "--resume", "nowhere", "--preset", "full"], "leave out"),
@@ -309,6 +313,23 @@ def test_a_scheduler_stops_a_run(start, clone):
     process.terminate()
     process.communicate(timeout=GUARD)
     assert process.returncode == 143 and state_of(folder) == "interrupted"
+
+
+def test_a_run_stops_at_its_time_limit(ask, clone):
+    "In its first cell or before it: what it says, and what a job script can act on, is the same."
+    folder = clone / "stopped" / "limit"
+    code, out, err = ask("run", "sleeps", "--out", folder, "--time-limit", "0.5")
+    assert code == 124 and state_of(folder) == "stopped" and "its time limit" in err and f"--resume '{folder}'" in err
+    assert status(folder)["error"].endswith("its time limit") and "limit  stopped" in ask("report", clone / "stopped")[1]
+
+
+def test_a_warning_by_the_scheduler_is_a_signal_too(start, clone):
+    folder = clone / "stopped" / "warned"
+    process = start("run", "sleeps", "--out", folder, command=PATIENT)
+    wait_for((folder / "began").exists, "the cell")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=GUARD)
+    assert process.returncode == 138 and state_of(folder) == "interrupted"
 
 
 def test_a_second_signal_ends_a_cell_that_does_not_stop(start, ask, clone):

@@ -100,6 +100,16 @@ def test_presets_are_as_strict_as_the_command_line(clone):
             pa.params_for(toy, "smoke")
 
 
+def test_a_seed_that_torch_does_not_take_is_refused(clone):
+    "Whole numbers of any size pass as other parameters; a seed of 2e20 failed in the fourth cell of a run."
+    toy = pa.find_experiment("toy")
+    assert pa.params_for(toy, overrides={"seed": "2e10"})["seed"] == 20_000_000_000
+    assert pa.params_for(toy, overrides={"seed": 2**63 - 1})["seed"] == 2**63 - 1
+    for seed in ("2e20", 2**63):
+        with pytest.raises(ValueError, match=r"seed = .*: must be below 2\^63"):
+            pa.params_for(toy, overrides={"seed": seed})
+
+
 def test_without_a_clone_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("NCP_VAE_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="NCP_VAE_HOME must name a clone"):

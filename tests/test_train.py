@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from ncp_vae.engine import checkpoint
 from ncp_vae.engine.batches import _index_batches, batches, digest
 from ncp_vae.engine.data import Binarized
 from ncp_vae.engine.streams import stream
-from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
+from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ebm, fit_lars, fit_ncp, fit_snis, fit_vae
 from ncp_vae.flows import RealNVP
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.resampling import SIR
+from ncp_vae.sampling import JointMALA
 from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
 
 KILLED = """
@@ -377,6 +379,18 @@ def test_eight_images_are_tried_before_the_first_step(monkeypatch):
     assert max(seen[:-1]) == 8 and seen[-1] == 32
 
 
+@pytest.mark.parametrize("train", [fit_vae, fit_ncp, partial(fit_ebm, sampler=JointMALA(1, 0.1)), partial(fit_snis, proposals=2),
+                                   partial(fit_lars, proposals=2)])
+def test_every_training_can_be_kept_as_often_as_wanted(train, monkeypatch, tmp_path):
+    "Each of four steps at 0 seconds, by default the last; a number that is none is refused."
+    saved, x = [], torch.rand(32, 1, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(checkpoint, "save", lambda path, state, keep: saved.append(state["step"]))
+    train(Shifted(1.0), x, **FEW, checkpoint=tmp_path / "a.ckpt", save_every=0.0)
+    assert saved == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="save_every must be at least 0 seconds, got nan"):
+        train(Shifted(1.0), x, **FEW, checkpoint=tmp_path / "a.ckpt", save_every=float("nan"))
+
+
 def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
     "The lines after the checkpoint's step, written before a kill, come again: they are taken out. Other trainings' lines stay."
     path, history = tmp_path / "a.ckpt", tmp_path / "history.jsonl"
@@ -395,8 +409,8 @@ def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
     history.write_text(json.dumps(dict(stage="vae", step=99)) + "\n")
     with pytest.raises(KeyboardInterrupt):
         fit(Squares(), Killed(), **settings)
-    with open(history, "a") as file:
-        file.write('{"stage": "squ')                         # a line that was being written
+    with open(history, "ab") as file:
+        file.write(b'\xff\n5\n{"stage": "squares"}\n[]\n{"stage": "squ')   # what a disk made of lines, and one that was being written
     path.write_bytes((tmp_path / "kept").read_bytes())       # what a kill between two checkpoints leaves: step 5, nine lines
     fit(Squares(), torch.ones(32, 3), **settings)
     rows = [json.loads(line) for line in history.read_text().splitlines()]

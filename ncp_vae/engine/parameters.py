@@ -96,6 +96,8 @@ def unknown(what: str, name: str, known) -> ValueError:
     return ValueError(f"no {what} is called {name!r}; {hint}")
 
 # %% ../../nbs/engine/parameters.ipynb #1e40ec8e
+_SEEDS = 2**63       # and as many are left for seed + 1, ...
+
 @dataclass(frozen=True)
 class Experiment:
     "A notebook that can be run, read without a kernel."
@@ -111,7 +113,10 @@ class Experiment:
             raise ValueError("run_dir is set by the command: name the folder with --out")
         for name in values.keys() - self.parameters.keys():
             raise unknown(f"parameter of {self.name}", str(name), self.parameters)
-        return {name: self.parameters[name].check(value) for name, value in values.items()}
+        checked = {name: self.parameters[name].check(value) for name, value in values.items()}
+        if checked.get("seed", 0) >= _SEEDS:
+            raise ValueError(f"parameter seed = {values['seed']!r}: must be below 2^63, torch takes no more")
+        return checked
 
     def presets(self) -> dict[str, dict]:
         "`smoke`, all defaults, and what the presets in the YAML file beside the notebook change."

@@ -137,7 +137,6 @@ def _check_saved(training: "_Training", file: Path, saved: dict) -> None:
 # %% ../../nbs/engine/train.ipynb #1e05dd27
 class _Training:
     "What changes while `loss` is trained, and where it is kept; goes on from `checkpoint` where that exists."
-
     def __init__(self, loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
                  checkpoint: str | Path | None):
         self.loss = loss
@@ -233,16 +232,16 @@ def _line_stands(line: str, name: str, step: int) -> bool:
     "Whether a line of history is whole, and not of the training `name` after `step`, or a look at it then."
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+        return row["step"] <= {name: step, f"{name} held-out": step - 1}.get(row["stage"], inf)
+    except (ValueError, LookupError, TypeError):
         return False                        # torn by a kill
-    return row["step"] <= {name: step, f"{name} held-out": step - 1}.get(row["stage"], inf)
 
 def _open_history(path: str | Path | None, name: str, step: int) -> Callable[[dict], None]:
     "A function that appends a JSON line to `path` (None: nowhere); lines that do not stand are taken out."
     if path is None:
         return lambda row: None
     path = checkpoints.claim(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     standing = [line for line in lines if _line_stands(line, name, step)]
     if len(standing) < len(lines):
         with checkpoints.replacing(path) as part:
@@ -296,11 +295,14 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
         training.keep()
 
 # %% ../../nbs/engine/train.ipynb #f642fe10
-def _check_fit(loss: nn.Module, name: str, steps: int, lr: float, rows: int, parts: int) -> None:
+def _check_fit(loss: nn.Module, name: str, steps: int, lr: float, rows: int, parts: int,
+               save_every: float) -> None:
     "ValueError where `fit` cannot begin. rows: of a batch, on one process."
     if not isinstance(steps, int) or steps < 1 or not lr > 0:
         raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive, "
                          f"got {steps} and {lr}")
+    if not save_every >= 0:
+        raise ValueError(f"{name}: save_every must be at least 0 seconds, got {save_every}")
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError(f"{name}: there is no parameter to train")
     if parts > max(1, rows):
@@ -318,11 +320,13 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     monitor: called MONITORED times; what it returns is a line of history too, under "NAME held-out". Where it
     has a "loss", the training ends with the weights of the lowest from step best_from on, "best_step" there.
     history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C
-    and at the end; where it exists already the training goes on from it, bit for bit on a CPU.
+    and at the end, the one before it beside it as FILE.older; where it exists already the training goes on
+    from it, bit for bit on a CPU, or with a warning from the older one where it is damaged.
     A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
     ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
     not finite, or weights are kept that are not."""
-    _check_fit(loss, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts)
+    _check_fit(loss, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts,
+               save_every)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
                     **about)
     training = _Training(loss, settings, recipe, machine, checkpoint)
@@ -387,7 +391,8 @@ def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: 
 def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: float, seed: int,
             kl_warmup: int = 0, beta: float = 1.0, kl_balance: bool = False, spectral: float = 0.0,
             held_out: Tensor | None = None, recipe: Recipe = Recipe(), machine: Machine = Machine(),
-            history: str | Path | None = None, checkpoint: str | Path | None = None) -> TopDownVAE:
+            history: str | Path | None = None, checkpoint: str | Path | None = None,
+            save_every: float = 60.0) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, in eval mode, on the training device.
 
     data: [N, *image], a Dataset or a DataLoader of images. Parameters that need no gradient stay as they are.
@@ -407,7 +412,7 @@ def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: f
                    beta)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae", about=about,
         recipe=recipe, machine=machine, monitor=None if held_out is None else look, best_from=kl_warmup,
-        history=history, checkpoint=checkpoint)
+        history=history, checkpoint=checkpoint, save_every=save_every)
     return vae.eval()
 
 # %% ../../nbs/engine/train.ipynb #acf50013
@@ -521,7 +526,7 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
             batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
             sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
             machine: Machine = Machine(), history: str | Path | None = None,
-            checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+            checkpoint: str | Path | None = None, save_every: float = 60.0) -> NoiseContrastivePrior:
     """Stage two: freeze the VAE and train one classifier for each latent group (Eq. 3, 4), all at once.
 
     ratios: one a group; None: `MLPRatio`s of App. I's size, and smaller ones below 2,000 images.
@@ -537,7 +542,7 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
                  about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
-                 history=history, checkpoint=checkpoint)
+                 history=history, checkpoint=checkpoint, save_every=save_every)
     if base is not None:
         ncp = NoiseContrastivePrior(vae, [StagedRatio(both) for both in zip(base.ratios, ncp.ratios)])
     return ncp.to(Accelerator().device).eval()
@@ -574,7 +579,8 @@ def _back_to_good(loss: EBMLoss, checkpoint: str | Path | None) -> str:
 def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None,
             sampler: Sampler, joint: bool = False, persistent: bool = False, steps: int, batch_size: int,
             lr: float, seed: int, recipe: Recipe = Recipe(), machine: Machine = Machine(),
-            history: str | Path | None = None, checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+            history: str | Path | None = None, checkpoint: str | Path | None = None,
+            save_every: float = 60.0) -> NoiseContrastivePrior:
     """Maximum likelihood of r p / Z (App. A), `sampler` drawing the negatives; see `EBMLoss`.
 
     ratios: as in `fit_ncp`. joint: train the VAE too, by the ELBO under this prior; else it is frozen.
@@ -589,7 +595,8 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     speed_up(vae, machine.channels_last, machine.compile)
     try:
         fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="ebm", about=about,
-            recipe=recipe, machine=machine, history=history, checkpoint=checkpoint)
+            recipe=recipe, machine=machine, history=history, checkpoint=checkpoint,
+            save_every=save_every)
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_back_to_good(loss, checkpoint)}") from error
     return ncp.to(Accelerator().device).eval()
@@ -608,7 +615,7 @@ def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] 
              proposals: int | Sequence[int], joint: bool = False, steps: int, batch_size: int, lr: float,
              seed: int, recipe: Recipe = Recipe(), machine: Machine = Machine(),
              history: str | Path | None = None,
-             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+             checkpoint: str | Path | None = None, save_every: float = 60.0) -> NoiseContrastivePrior:
     """Train ratios by the bound of the law of `SIR(proposals)` (Lawson et al., 2019); see `PoolLoss`.
 
     ratios: as in `fit_ncp`. proposals: K, one int or one a group. joint: train the VAE too, by the ELBO under
@@ -618,14 +625,15 @@ def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] 
     ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint)
     return _fit_pools(ncp, loss, data, machine, {}, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
-                      name="snis", recipe=recipe, history=history, checkpoint=checkpoint)
+                      name="snis", recipe=recipe, history=history, checkpoint=checkpoint,
+                      save_every=save_every)
 
 # %% ../../nbs/engine/train.ipynb #own15003
 def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
              ratios: Sequence[RatioEstimator] | None = None, proposals: int | Sequence[int],
              joint: bool = False, steps: int, batch_size: int, lr: float, seed: int,
              recipe: Recipe = Recipe(), machine: Machine = Machine(), history: str | Path | None = None,
-             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+             checkpoint: str | Path | None = None, save_every: float = 60.0) -> NoiseContrastivePrior:
     """Train acceptances by the bound of `LARS(truncation)` in a pool of proposals (Bauer and Mnih, 2019).
 
     ratios: networks as in `fit_ncp`; those of the result are `Acceptance`s of them. Draw from it by
@@ -637,4 +645,4 @@ def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
     loss = PoolLoss(vae, ncp.ratios, proposals, joint, partial(lars_pool_weight, truncation=truncation))
     return _fit_pools(ncp, loss, data, machine, dict(truncation=truncation), steps=steps,
                       batch_size=batch_size, lr=lr, seed=seed, name="lars", recipe=recipe, history=history,
-                      checkpoint=checkpoint)
+                      checkpoint=checkpoint, save_every=save_every)
