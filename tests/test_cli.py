@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from ncp_vae.engine import cli, experiment
 from ncp_vae.engine.experiment import read_record, state_of
+from ncp_vae.engine.parameters import find_experiment
 
 COMMAND = [str(Path(sys.executable).parent / "ncp-vae")]
 PATIENT = [sys.executable, "-c",      # the command with an hour, not a minute, before it ends a cell that was interrupted
@@ -135,11 +138,15 @@ def test_help_names_the_exit_codes_and_loads_nothing_slow(ask):
 
 
 def test_list_and_params(ask, clone):
-    (clone / "nbs" / "runs" / "broken.ipynb").write_text("{")
+    broken, dangling = (clone / "nbs" / "runs" / f"{name}.ipynb" for name in ("broken", "dangling"))
+    broken.write_text("{")
+    dangling.symlink_to("nowhere")
     code, out, _ = ask("list")
-    (clone / "nbs" / "runs" / "broken.ipynb").unlink()
+    broken.unlink()
+    dangling.unlink()
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert code == 0 and lines["counts"] == "It counts" and "cannot be run" in lines["broken"] and len(lines) == len(NOTEBOOKS) + 1
+    assert code == 0 and lines["counts"] == "It counts" and len(lines) == len(NOTEBOOKS) + 2
+    assert all("cannot be run" in lines[name] for name in ("broken", "dangling"))
     code, out, _ = ask("params", "counts")
     assert code == 0 and "run_dir" not in out
     assert [line.split() for line in out.splitlines()[2:5]] == [
@@ -165,6 +172,9 @@ def test_list_and_params(ask, clone):
     (["run", "counts", "--preset", "cpu"], "there are: smoke, full"),
     (["run", "counts", "--resume", "nowhere"], "params.json"),
     (["run", "counts", "--resume", "nowhere", "--preset", "full"], "leave out"),
+    (["run", "counts", "--preset", ""], "one of them is empty"),
+    (["run", "counts", "--out", ""], "one of them is empty"),
+    (["run", "counts", "--resume", ""], "one of them is empty"),
     (["run", "counts", "--out", "FILE/below"], "cannot write to"),
     (["run", "counts", "--out", "FILE"], "cannot write to"),
     (["run", "counts", "--out", "USED"], "never overwrites"),
@@ -313,6 +323,25 @@ def test_a_scheduler_stops_a_run(start, clone):
     process.terminate()
     process.communicate(timeout=GUARD)
     assert process.returncode == 143 and state_of(folder) == "interrupted"
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_full_disk_is_one_line_and_the_state_says_so(room, clone, monkeypatch, capsys):
+    "Without the room for a new status.json the old one is written over; where that fails too, the run is found killed."
+    monkeypatch.setenv("NCP_VAE_HOME", str(clone))
+    folder = experiment.new_run(clone / "full" / str(room), "counts", "smoke", {})
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(cli, "_execute", full)
+    monkeypatch.setattr(experiment, "write_json", full)
+    if not room:
+        monkeypatch.setattr(experiment, "end", full)
+        monkeypatch.setattr(cli, "end", full)
+    assert cli._attempt(find_experiment("counts"), folder, {}, SimpleNamespace(at=4, received=[])) == 1
+    said = capsys.readouterr().err
+    assert "cell In [4]: OSError: [Errno 28] No space left on device" in said and f"--resume '{folder}'" in said
+    assert status(folder)["state"] == ("failed" if room else "running")
+    assert "No space left" in str(status(folder).get("error")) or not room
 
 
 def test_a_run_stops_at_its_time_limit(ask, clone):

@@ -63,11 +63,15 @@ def _params(args: argparse.Namespace) -> int:
 _GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
 _STOPPED = 124    # exit code of a run that has come to its time limit
 
+def _ending(signals: list[signal.Signals]) -> tuple[str, int, str] | None:
+    "State, exit code and reason of a run that the first of these ended; None where none came."
+    if signals[:1] == [signal.SIGALRM]:
+        return "stopped", _STOPPED, "its time limit"
+    return ("interrupted", 128 + signals[0], signals[0].name) if signals else None
+
 # %% ../../nbs/engine/cli.ipynb #c1d31346
 class _Watch:
-    """What a run is at, and what signals came: the first interrupts its cell, a second or a minute kill it.
-
-    limit: seconds after which the first comes by itself; 0: never."""
+    "What a run is at, and what signals came: the first interrupts its cell, a second or a minute kill it."
     def __init__(self, cells: int, limit: float):
         self.at, self.of = 0, cells + 1     # papermill inserts one
         self.heading, self.group, self.received = "", None, []
@@ -84,13 +88,6 @@ class _Watch:
         _tell(f"stopping: the cell has {_GRACE:.0f} s to save its work; once more to stop at once")
         self.to_kernel(signal.SIGINT)
         signal.setitimer(signal.ITIMER_REAL, _GRACE)
-
-    def ending(self) -> tuple[str, int, str] | None:
-        "State, exit code and reason of a run that a signal ended; None where none came."
-        first = (self.received or [None])[0]
-        if first == signal.SIGALRM:
-            return "stopped", _STOPPED, "its time limit"
-        return first and ("interrupted", 128 + first, first.name)
 
     def to_kernel(self, number: int) -> None:
         "Send a signal to the kernel and the processes it started, where there are any."
@@ -160,9 +157,10 @@ def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
     except Exception as error:
         with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
-        state, code, reason = watch.ending() or ("failed", 1, _reason(error))
+        state, code, reason = _ending(watch.received) or ("failed", 1, _reason(error))
         why = f"cell In [{watch.at}]: {reason}"
-        end(folder, state, why)
+        with suppress(OSError):          # a disk without any room: the run will be found killed
+            end(folder, state, why)
         kept = ", ".join(sorted(path.name for path in folder.iterdir()))
         _tell(f"ncp-vae: {experiment.name} {state}: {why}\nkept:         {kept}\n{look}\ngo on with:   "
               f"ncp-vae run {experiment.name} --resume {shlex.quote(str(folder))}", sys.stderr)
@@ -178,6 +176,8 @@ def _run(args: argparse.Namespace) -> int:
     experiment = find_experiment(args.name)
     if not 0 <= args.time_limit < inf:
         raise ValueError(f"--time-limit {args.time_limit}: expected a number of seconds")
+    if "" in (args.preset, args.out, args.resume):
+        raise ValueError("--preset, --out and --resume need a name, and one of them is empty")
     if importlib.util.find_spec("papermill") is None:     # say so before a folder is made
         raise ModuleNotFoundError("papermill is not installed")
     if args.resume is None:
