@@ -72,7 +72,7 @@ def _ending(signals: list[signal.Signals]) -> tuple[str, int, str] | None:
 # %% ../../nbs/engine/cli.ipynb #c1d31346
 class _Watch:
     "What a run is at, and what signals came: the first interrupts its cell, a second or a minute kill it."
-    def __init__(self, cells: int, limit: float):
+    def __init__(self, cells: int, limit: float):   # seconds until the first comes by itself; 0: never
         self.at, self.of = 0, cells + 1     # papermill inserts one
         self.heading, self.group, self.received = "", None, []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM):
