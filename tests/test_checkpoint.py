@@ -17,10 +17,11 @@ class Hostile:
 def test_what_is_torn_missing_or_hostile_is_refused_by_name(tmp_path, capfd):
     file = checkpoint.save(tmp_path / "new" / "model.pt", dict(step=3, weights=torch.arange(4.0)))
     assert torch.equal(checkpoint.load(file)["weights"], torch.arange(4.0))
-    torn, hostile = tmp_path / "torn.pt", tmp_path / "hostile.pt"
+    torn, hostile, bare = (tmp_path / f"{name}.pt" for name in ("torn", "hostile", "bare"))
     torn.write_bytes(file.read_bytes()[:-20])
-    torch.save(Hostile(), hostile)
-    for path in (torn, hostile):
+    checkpoint.save(hostile, Hostile())
+    torch.save(Hostile(), bare)                  # without the sum that would get it to the second check
+    for path in (torn, hostile, bare):
         with pytest.raises(ValueError, match=f"{path.name} is not a whole checkpoint"):
             checkpoint.load(path)
     with pytest.raises(FileNotFoundError, match="missing.pt"):
@@ -75,3 +76,62 @@ def test_an_interrupt_waits_for_the_end_of_the_step_and_no_other_thread_holds_it
     thread.start()
     thread.join()
     assert done == ["the step", True] and signal.getsignal(signal.SIGINT) is before
+
+
+# ---- what a disk does to a file --------------------------------------------------------------------------------------
+
+def test_no_flipped_or_missing_byte_is_taken(tmp_path):
+    "Each byte in turn, and lengths of all kinds. torch.load alone takes most of them, and other weights with some."
+    file = checkpoint.save(tmp_path / "a.pt", dict(step=3, weights=torch.ones(4)))
+    whole = file.read_bytes()
+    spoilt = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:] for at in range(len(whole))]
+    for content in [*spoilt, *(whole[:at] for at in range(0, len(whole), 31)), whole[:-1], whole + b"\0"]:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="a.pt is not a whole checkpoint"):
+            checkpoint.load(file)
+
+
+def test_two_are_kept_and_the_older_one_is_taken_where_the_newer_is_no_good(tmp_path):
+    path = tmp_path / "a.pt"
+    def refuse(*steps):
+        def check(file, state):
+            if state["step"] in steps:
+                raise checkpoint.Damaged(f"{file} is of step {state['step']}")
+        return check
+    for step in (1, 2, 3):
+        checkpoint.save(path, dict(step=step), keep=True)
+    assert sorted(tmp_path.iterdir()) == [path, checkpoint.older(path)]
+    assert checkpoint.load_last(path, refuse()) == (path, dict(step=3))
+    with pytest.warns(UserWarning, match="a.pt is of step 3; going on from .*a.pt.older, which is older"):
+        assert checkpoint.load_last(path, refuse(3)) == (checkpoint.older(path), dict(step=2))
+    with pytest.raises(ValueError, match="a.pt is of step 3; .*a.pt.older is of step 2; delete"):
+        checkpoint.load_last(path, refuse(2, 3))
+
+
+def test_the_older_one_goes_when_the_newer_is_read_back_and_not_before(tmp_path, monkeypatch):
+    "A disk that loses a bit; it says so while the old one is still there, and the older."
+    path = tmp_path / "a.pt"
+    for step in (1, 2):
+        checkpoint.save(path, dict(step=step), keep=True)
+    write = checkpoint._Summed.write
+    def lossy(self, data):
+        size = write(self, data)
+        if self.file.tell() > 200:
+            self.file.seek(100)
+            self.file.write(b"?")
+            self.file.seek(0, os.SEEK_END)
+        return size
+    monkeypatch.setattr(checkpoint._Summed, "write", lossy)
+    with pytest.raises(OSError, match="a.pt: the disk does not give back what was written"):
+        checkpoint.save(path, dict(step=3), keep=True)
+    assert sorted(tmp_path.iterdir()) == [path, checkpoint.older(path)]
+    assert [checkpoint.load(file)["step"] for file in (path, checkpoint.older(path))] == [2, 1]
+
+
+def test_a_file_system_without_links_has_a_copy(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise OSError("no links here")
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "a.pt", dict(step=step), keep=True)
+    assert [checkpoint.load(tmp_path / name)["step"] for name in ("a.pt", "a.pt.older")] == [2, 1]

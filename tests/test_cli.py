@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from ncp_vae.engine import cli, experiment
 from ncp_vae.engine.experiment import read_record, state_of
+from ncp_vae.engine.parameters import find_experiment
 
 COMMAND = [str(Path(sys.executable).parent / "ncp-vae")]
 PATIENT = [sys.executable, "-c",      # the command with an hour, not a minute, before it ends a cell that was interrupted
@@ -127,7 +130,7 @@ def status(folder):
 def test_help_names_the_exit_codes_and_loads_nothing_slow(ask):
     "How many seconds that makes, benchmarks/process.py measures."
     code, out, _ = ask("--help")
-    assert code == 0 and all(word in out for word in ("list", "params", "run", "report", "130", "143"))
+    assert code == 0 and all(word in out for word in ("list", "params", "run", "report", "124", "130", "138", "143"))
     code = "import sys\nfrom ncp_vae.engine.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print('loaded', *sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout
     loaded = set(said[said.rindex("loaded"):].split())
@@ -135,11 +138,15 @@ def test_help_names_the_exit_codes_and_loads_nothing_slow(ask):
 
 
 def test_list_and_params(ask, clone):
-    (clone / "nbs" / "runs" / "broken.ipynb").write_text("{")
+    broken, dangling = (clone / "nbs" / "runs" / f"{name}.ipynb" for name in ("broken", "dangling"))
+    broken.write_text("{")
+    dangling.symlink_to("nowhere")
     code, out, _ = ask("list")
-    (clone / "nbs" / "runs" / "broken.ipynb").unlink()
+    broken.unlink()
+    dangling.unlink()
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert code == 0 and lines["counts"] == "It counts" and "cannot be run" in lines["broken"] and len(lines) == len(NOTEBOOKS) + 1
+    assert code == 0 and lines["counts"] == "It counts" and len(lines) == len(NOTEBOOKS) + 2
+    assert all("cannot be run" in lines[name] for name in ("broken", "dangling"))
     code, out, _ = ask("params", "counts")
     assert code == 0 and "run_dir" not in out
     assert [line.split() for line in out.splitlines()[2:5]] == [
@@ -158,10 +165,17 @@ def test_list_and_params(ask, clone):
     (["run", "counts", "-p", "steps"], "expected NAME=VALUE"),
     (["run", "counts", "-p", "steps=1", "-p", "steps=2"], "given twice"),
     (["run", "counts", "-p", "run_dir=/x"], "--out"),
+    (["run", "counts", "-p", "seed=2e20"], "seed = '2e20': must be below 2^63"),
+    (["run", "counts", "--time-limit", "-1"], "expected a number of seconds"),
+    (["run", "counts", "--time-limit", "nan"], "expected a number of seconds"),
+    (["run", "counts", "--time-limit", "8h"], "invalid float value"),
     (["run", "counts", "--preset", "cpu"], "there are: smoke, full"),
     (["run", "counts", "--resume", "nowhere"], "params.json"),
     (["run", "counts", "--resume", "nowhere", "--preset", "full"], "leave out"),
     (["run", "counts", "--resume", "nowhere", "--dry-run"], "leave out"),
+    (["run", "counts", "--preset", ""], "one of them is empty"),
+    (["run", "counts", "--out", ""], "one of them is empty"),
+    (["run", "counts", "--resume", ""], "one of them is empty"),
     (["run", "counts", "--out", "FILE/below"], "cannot write to"),
     (["run", "counts", "--out", "FILE"], "cannot write to"),
     (["run", "counts", "--out", "USED"], "never overwrites"),
@@ -319,6 +333,42 @@ def test_a_scheduler_stops_a_run(start, clone):
     process.terminate()
     process.communicate(timeout=GUARD)
     assert process.returncode == 143 and state_of(folder) == "interrupted"
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_full_disk_is_one_line_and_the_state_says_so(room, clone, monkeypatch, capsys):
+    "Without the room for a new status.json the old one is written over; where that fails too, the run is found killed."
+    monkeypatch.setenv("NCP_VAE_HOME", str(clone))
+    folder = experiment.new_run(clone / "full" / str(room), "counts", "smoke", {})
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(cli, "_execute", full)
+    monkeypatch.setattr(experiment, "write_json", full)
+    if not room:
+        monkeypatch.setattr(experiment, "end", full)
+        monkeypatch.setattr(cli, "end", full)
+    assert cli._attempt(find_experiment("counts"), folder, {}, SimpleNamespace(at=4, received=[])) == 1
+    said = capsys.readouterr().err
+    assert "cell In [4]: OSError: [Errno 28] No space left on device" in said and f"--resume '{folder}'" in said
+    assert status(folder)["state"] == ("failed" if room else "running")
+    assert "No space left" in str(status(folder).get("error")) or not room
+
+
+def test_a_run_stops_at_its_time_limit(ask, clone):
+    "In its first cell or before it: what it says, and what a job script can act on, is the same."
+    folder = clone / "stopped" / "limit"
+    code, out, err = ask("run", "sleeps", "--out", folder, "--time-limit", "0.5")
+    assert code == 124 and state_of(folder) == "stopped" and "its time limit" in err and f"--resume '{folder}'" in err
+    assert status(folder)["error"].endswith("its time limit") and "limit  stopped" in ask("report", clone / "stopped")[1]
+
+
+def test_a_warning_by_the_scheduler_is_a_signal_too(start, clone):
+    folder = clone / "stopped" / "warned"
+    process = start("run", "sleeps", "--out", folder, command=PATIENT)
+    wait_for((folder / "began").exists, "the cell")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=GUARD)
+    assert process.returncode == 138 and state_of(folder) == "interrupted"
 
 
 def test_a_second_signal_ends_a_cell_that_does_not_stop(start, ask, clone):

@@ -1,6 +1,7 @@
 """Loading: small files in the true formats, and what is said when they are missing or damaged."""
 import gzip
 import hashlib
+import os
 import pickle
 import shutil
 import subprocess
@@ -697,3 +698,60 @@ def test_data_stand_below_training():
     code = "import sys, ncp_vae.engine.data; print(*(name for name in sys.modules if name.startswith('ncp_vae.engine.')))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert set(found) == {"ncp_vae.engine.data", "ncp_vae.engine.stored", "ncp_vae.engine.checkpoint"}      # the last writes files
+
+
+# ---- files of strangers ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("make", [lambda path: os.mkfifo(path), lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(make, tmp_path):
+    "Each was read from, for ever."
+    write_folder(tmp_path / "pictures", 12)
+    for path, name in [(tmp_path / "pictures" / "00007.png", "folder"), (tmp_path / "train-images-idx3-ubyte", "mnist"),
+                       (tmp_path / "svhn" / "train_32x32.mat", "svhn"), (tmp_path / "data_batch_1", "cifar10")]:
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(ValueError, match=f"{path.name}.* no regular file"):
+            data.load(name, root=tmp_path / "pictures" if name == "folder" else tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(7, 0, 0), (0, 28, 28), (2**32 - 1, 2**32 - 1, 28), (400_000, 28, 28)])
+def test_sizes_that_an_idx_file_cannot_have(sizes, tmp_path):
+    "Empty images, as many as overflow, and as many as take all memory, in a file of a few bytes; nothing of them is read."
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + np.array(sizes, ">u4").tobytes() + bytes(10_000)))
+    with pytest.raises(ValueError, match=f"{path.name} is not a whole IDX file.*it says that it holds"):
+        data.load("mnist", root=tmp_path)
+
+
+def test_of_a_gzip_file_no_more_is_unpacked_than_it_says(images, tmp_path, monkeypatch):
+    "A file of a few kilobytes that goes on with zeros: before, all of them were unpacked, 3.7 GB of 1.5 MB."
+    path, read, open_gzip = tmp_path / "train-images-idx3-ubyte.gz", [], gzip.open
+    path.write_bytes(gzip.compress(idx(images) + bytes(2**22)))
+    def opened(name):
+        file = open_gzip(name)
+        inner = file.read
+        monkeypatch.setattr(file, "read", lambda size=-1: read.append(size) or inner(size))
+        return file
+    monkeypatch.setattr(gzip, "open", opened)
+    with pytest.raises(ValueError, match=f"{path.name} is not a whole IDX file"):
+        data.load("mnist", root=tmp_path)
+    assert read == [16, images.size + 1]
+
+
+def test_files_larger_than_any_that_was_published(tmp_path):
+    "Sparse ones: they have a size and take no room; none is read. And a MATLAB file that says how much it holds."
+    for name, file in (("static_mnist", "binarized_mnist_train.amat"), ("cifar10", "data_batch_1"), ("omniglot", "chardata.mat")):
+        with open(tmp_path / file, "wb") as sparse:
+            sparse.truncate(2**28 + 1)
+        with pytest.raises(ValueError, match=f"{file} has {2**28 + 1} bytes, more than any published file"):
+            data.load(name, root=tmp_path)
+
+
+def test_a_matlab_file_is_asked_for_its_sizes_first(tmp_path, monkeypatch):
+    import scipy.io
+    write_svhn(tmp_path, 3, 2)
+    monkeypatch.setattr(scipy.io, "whosmat", lambda path: [("X", (32, 32, 3, 10**6), "uint8"), ("y", (10**6, 1), "uint8")])
+    monkeypatch.setattr(scipy.io, "loadmat", lambda path: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="train_32x32.mat is not SVHN's.*it says that it holds 3073000000 numbers"):
+        data.load("svhn", root=tmp_path)

@@ -1,6 +1,7 @@
 """The report: only runs that succeeded are results, each can be repeated by its command, and the committed pages are current."""
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from ncp_vae.engine import cli, paper, report
+from ncp_vae.engine import cli, experiment, paper, report
 from ncp_vae.engine.parameters import find_experiment, home, notebooks, params_for
 from ncp_vae.measured import Measured
 
@@ -75,7 +76,6 @@ def test_a_run_that_did_not_succeed_is_named_without_its_numbers(tmp_path, state
 
 def test_a_killed_run_is_no_result(tmp_path):
     "Its file says that it runs on this machine, in a process that does not exist."
-    import platform
     write(tmp_path / "gone", state="running", host=platform.node(), pid=os.getpid(), created=0.0)
     results, runs = page(tmp_path)
     assert "228.96" not in results + runs and "| `gone` | killed |" in runs
@@ -93,6 +93,52 @@ def test_a_damaged_record_is_no_result(tmp_path, damage):
     results, runs = page(tmp_path)
     assert "`damaged`" not in results and "0.2351" not in results and "| `damaged` | without a sound record |" in runs
     assert str(tmp_path) not in results + runs
+
+
+DAMAGES = [
+    ("status", {"state": 5}), ("status", {"state": ["succeeded"]}), ("status", {"state": "succeeded"}), ("status", [1]),
+    ("status", dict(state="succeeded", attempt=1, ended="today")), ("status", dict(state="succeeded", attempt=1, ended=1e30)),
+    ("status", dict(state="succeeded", attempt="first", ended=0.0)), ("status", dict(state="running", host=platform.node(), pid="x", created=0)),
+    ("status", dict(state="running", host=platform.node(), pid=1, created="x")), ("status", dict(state="running")),
+    ("metrics", dict(params=5)), ("metrics", dict(data=[1])), ("metrics", dict(parts=5)), ("metrics", dict(parts=[1])),
+    ("metrics", dict(commit=5)), ("metrics", dict(environment=None)), ("metrics", dict(seconds="x")), ("metrics", dict(experiment=5)),
+    ("metrics", dict(preset=None)), ("metrics", dict(earlier_commits=[1])), ("metrics", dict(params={"a": 1})), ("metrics", dict(experiment="gone")),
+    ("metrics", dict(metrics={"a": dict(value=1.0, unit=5)}))]
+
+
+def test_damaged_records_hide_no_other(tmp_path):
+    "Most of these ended the report of all runs with a traceback. What is in params.json too is damaged there as well."
+    write(tmp_path / "sound")
+    for k, (file, content) in enumerate(DAMAGES):
+        bad = write(tmp_path / f"bad{k}")
+        if file == "status":
+            (bad / "status.json").write_text(json.dumps(content))
+            continue
+        for name in ("metrics", "params"):
+            old = json.loads((bad / f"{name}.json").read_text())
+            changed = {key: value for key, value in content.items() if name == "metrics" or key in old}
+            (bad / f"{name}.json").write_text(json.dumps({**old, **changed}))
+    results, runs = page(tmp_path)
+    assert "228.96" in results and "`sound`" in results and "`bad" not in results
+    for k in range(len(DAMAGES)):
+        assert re.search(rf"\| `bad{k}` \| (killed|running|without a sound record) \|", runs), DAMAGES[k]
+    assert [run.name for run in report.read_results(tmp_path)[0]] == ["bad20", "bad21", "sound"]      # only their notebooks can tell
+
+
+def test_a_number_that_was_changed_by_hand_is_noticed(tmp_path):
+    "Also to one that looks like any other. Records of a time before their sum was written down stay as they are."
+    folder = write(tmp_path / "mine", state="running")
+    experiment.end(folder, "succeeded")
+    assert "228.96" in page(tmp_path)[0]
+    whole = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(whole.replace("228.96", "228.69"))
+    with pytest.raises(ValueError, match="mine is not its record: it was changed after the run had ended"):
+        experiment.read_record(folder)
+    results, runs = page(tmp_path)
+    assert "228.69" not in results and "| `mine` | without a sound record |" in runs
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({key: value for key, value in status.items() if key != "record"}))
+    assert "228.69" in page(tmp_path)[0]
 
 
 def test_a_run_without_status_is_no_result(tmp_path):

@@ -2,8 +2,10 @@
 import json
 import pickle
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -193,6 +195,35 @@ def test_a_pickled_array_is_refused(small):
     np.save(small.path, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="is not as it was prepared"):
         Stored(small.path)
+
+
+@pytest.mark.parametrize("side", [6_000, 12_000, 60_000])
+@pytest.mark.filterwarnings("ignore:Image size")               # Pillow's own word on the second
+def test_an_image_that_claims_too_many_pixels_is_not_unpacked(side, tmp_path):
+    "97 kB of PNG took 0.8 GB. Here are 68 bytes that claim so, with a right checksum; of the third Pillow itself says no."
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="a.png is not an 8-bit image.* pixels"):
+        open_image(tmp_path / "a.png")
+
+
+def test_no_program_is_asked_to_draw_an_image(tmp_path, monkeypatch):
+    "PostScript under the name of a PNG: Pillow would hand it to Ghostscript."
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    assert Image.open(tmp_path / "a.png").format == "EPS"
+    with pytest.raises(ValueError, match="a.png is not an 8-bit image"):
+        open_image(tmp_path / "a.png")
+
+
+def test_an_altered_byte_is_found_where_the_set_is_first_used(small, files):
+    raw = bytearray(small.path.read_bytes())
+    raw[-100] ^= 1
+    small.path.write_bytes(raw)
+    with pytest.raises(ValueError, match="small.*altered.*delete"):
+        prepare(small.path, files, EIGHT, "small train")
 
 
 def test_an_altered_byte_is_found_by_verify(small):

@@ -1,10 +1,12 @@
 """The training loop: exact resumption, kills, and ratios whose truth is known."""
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from ncp_vae.engine import checkpoint
 from ncp_vae.engine.batches import _index_batches, batches, digest
 from ncp_vae.engine.data import Binarized
 from ncp_vae.engine.streams import stream
-from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ncp, fit_vae
+from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ebm, fit_lars, fit_ncp, fit_snis, fit_vae
 from ncp_vae.flows import RealNVP
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.hierarchical import DenseHierarchy
@@ -23,6 +25,7 @@ from ncp_vae.models.likelihoods import normal
 from ncp_vae.models.nvae import NVAE, preset
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.resampling import SIR
+from ncp_vae.sampling import JointMALA
 from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
 
 KILLED = """
@@ -259,6 +262,97 @@ def test_ratios_of_another_vae_data_or_base_are_not_taken_up(tmp_path):
         fit_ncp(one, x, ratios=small(), base=ncp, sampler=SIR(4), checkpoint=path, **FEW)
 
 
+SQUARES = torch.rand(32, 3, generator=torch.Generator().manual_seed(0))
+
+
+def squares(path, **more):
+    "Six steps, a checkpoint after each; the weights at the end."
+    loss = Squares()
+    fit(loss, SQUARES, **{**FEW, "steps": 6}, name="squares", checkpoint=path, save_every=0.0, log_every=1, **more)
+    return loss.w.detach().cpu()
+
+
+def test_where_a_byte_of_the_checkpoint_flips_the_older_one_is_taken(tmp_path):
+    "In the weights, in their names, at the end; the training ends in the same bits, and its history has no gap and no step twice."
+    path, history = tmp_path / "a.ckpt", tmp_path / "history.jsonl"
+    whole = squares(path, history=history)
+    content, before = path.read_bytes(), checkpoint.older(path).read_bytes()
+    for at in (content.index(whole.numpy().tobytes()), content.index(b"settings"), len(content) - 1):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1:])
+        with pytest.warns(UserWarning, match="a.ckpt is not a whole checkpoint.*going on from .*a.ckpt.older"):
+            assert torch.equal(squares(path, history=history), whole)
+        assert [row["step"] for row in rows_of(history, "squares")] == [1, 2, 3, 4, 5, 6]
+        assert checkpoint.load(path)["step"] == 6 and checkpoint.older(path).read_bytes() == before     # not the damaged one
+
+
+def spoil(saved, what, value):
+    "A checkpoint's state with something else in it; its sum will be right."
+    *inside, last = what.split(".")
+    part = saved
+    for name in inside:
+        part = part[int(name) if name.isdigit() else name]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    return saved
+
+
+@pytest.mark.parametrize("what, value", [
+    ("step", -5), ("step", 0), ("step", 10**9), ("step", 2.0), ("step", None), ("settings", None), ("settings", 3), ("best", {}),
+    ("best.step", 7), ("best.loss", float("nan")), ("best.loss", "low"), ("best.step", 2), ("loss", []), ("loss.w", torch.zeros(2)),
+    ("loss.w", torch.full((3,), float("nan"))), ("loss.w", torch.zeros(3, dtype=torch.float64)), ("loss.v", torch.zeros(3)),
+    ("moments", {}), ("moments", None), ("moments.0.exp_avg", torch.zeros(4)), ("moments", {9: dict(step=torch.zeros(()))})])
+def test_wrong_content_under_a_right_sum_is_refused_before_anything_changes(what, value, tmp_path):
+    "By name; and where there is an older file, that one is taken."
+    path = tmp_path / "a.ckpt"
+    whole = squares(path)
+    checkpoint.save(path, spoil(checkpoint.load(path), what, value))
+    with pytest.warns(UserWarning, match="a.ckpt (holds no state|is no checkpoint).*going on from .*a.ckpt.older"):
+        assert torch.equal(squares(path), whole)
+    checkpoint.save(path, spoil(checkpoint.load(path), what, value))
+    checkpoint.older(path).unlink()
+    loss = Squares()
+    with pytest.raises(ValueError, match="a.ckpt (holds no state|is no checkpoint)"):
+        fit(loss, SQUARES, **{**FEW, "steps": 6}, name="squares", checkpoint=path)
+    assert not loss.w.any()
+
+
+def killed_at(calls, path, history):
+    "Train in a process of its own, which is killed at this call of those that put a file in its place; how it ended."
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    left = calls
+    def watched(call):
+        def watch(*arguments, **more):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **more)
+        return watch
+    try:
+        for name in ("fsync", "link", "replace"):
+            setattr(os, name, watched(getattr(os, name)))
+        squares(path, history=history)
+    finally:
+        os._exit(0)
+
+
+def test_killed_inside_a_save_and_resumed_to_the_bit(tmp_path):
+    "Before each file is synced, linked and renamed; five such calls a save, and what was the last or the one before it goes on."
+    whole, endings = squares(None), []
+    for calls in (1, 2, *range(3, 13), 27, 99):
+        path, history = tmp_path / f"{calls}.ckpt", tmp_path / f"{calls}.jsonl"
+        endings.append(killed_at(calls, path, history))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(squares(path, history=history), whole)
+        assert [row["step"] for row in rows_of(history, "squares")] == [1, 2, 3, 4, 5, 6]
+        assert {file.name for file in tmp_path.glob(f"{calls}.ckpt*")} == {path.name, checkpoint.older(path).name}
+    assert endings == [signal.SIGKILL] * 13 + [0]
+
+
 class Rows(nn.Module):
     "Remembers how many rows each call had."
     def __init__(self):
@@ -287,6 +381,18 @@ def test_eight_images_are_tried_before_the_first_step(monkeypatch):
     assert max(seen[:-1]) == 8 and seen[-1] == 32
 
 
+@pytest.mark.parametrize("train", [fit_vae, fit_ncp, partial(fit_ebm, sampler=JointMALA(1, 0.1)), partial(fit_snis, proposals=2),
+                                   partial(fit_lars, proposals=2)])
+def test_every_training_can_be_kept_as_often_as_wanted(train, monkeypatch, tmp_path):
+    "Each of four steps at 0 seconds, by default the last; a number that is none is refused."
+    saved, x = [], torch.rand(32, 1, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(checkpoint, "save", lambda path, state, keep: saved.append(state["step"]))
+    train(Shifted(1.0), x, **FEW, checkpoint=tmp_path / "a.ckpt", save_every=0.0)
+    assert saved == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="save_every must be at least 0 seconds, got nan"):
+        train(Shifted(1.0), x, **FEW, checkpoint=tmp_path / "a.ckpt", save_every=float("nan"))
+
+
 def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
     "The lines after the checkpoint's step, written before a kill, come again: they are taken out. Other trainings' lines stay."
     path, history = tmp_path / "a.ckpt", tmp_path / "history.jsonl"
@@ -305,8 +411,8 @@ def test_no_line_of_history_comes_twice_after_a_kill(tmp_path):
     history.write_text(json.dumps(dict(stage="vae", step=99)) + "\n")
     with pytest.raises(KeyboardInterrupt):
         fit(Squares(), Killed(), **settings)
-    with open(history, "a") as file:
-        file.write('{"stage": "squ')                         # a line that was being written
+    with open(history, "ab") as file:
+        file.write(b'\xff\n5\n{"stage": "squares"}\n[]\n{"stage": "squ')   # what a disk made of lines, and one that was being written
     path.write_bytes((tmp_path / "kept").read_bytes())       # what a kill between two checkpoints leaves: step 5, nine lines
     fit(Squares(), torch.ones(32, 3), **settings)
     rows = [json.loads(line) for line in history.read_text().splitlines()]
@@ -590,11 +696,11 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path, monkeypatch):
     path, torch_save = tmp_path / "a.pt", torch.save
     def slow(state, file):
         monkeypatch.setattr(torch, "save", torch_save)
-        file.write(b"half")
+        torch_save(state, whole := io.BytesIO())
+        file.write(whole.getvalue()[:400])
         checkpoint.save(path, {"step": 2})
         assert checkpoint.load(path)["step"] == 2
-        file.seek(0)
-        torch_save(state, file)
+        file.write(whole.getvalue()[400:])
     monkeypatch.setattr(torch, "save", slow)
     checkpoint.save(path, {"step": 1})
     assert checkpoint.load(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 
 from .experiment import end, new_run, read_record, resume_run
@@ -58,17 +59,26 @@ def _params(args: argparse.Namespace) -> int:
     _tell(f"{experiment.subtitle}\n\n{columns(rows)}")
     return 0
 
-# %% ../../nbs/engine/cli.ipynb #c1d31346
+# %% ../../nbs/engine/cli.ipynb #c4a1e020
 _GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
+_STOPPED = 124    # exit code of a run that has come to its time limit
 
+def _ending(signals: list[signal.Signals]) -> tuple[str, int, str] | None:
+    "State, exit code and reason of a run that the first of these ended; None where none came."
+    if signals[:1] == [signal.SIGALRM]:
+        return "stopped", _STOPPED, "its time limit"
+    return ("interrupted", 128 + signals[0], signals[0].name) if signals else None
+
+# %% ../../nbs/engine/cli.ipynb #c1d31346
 class _Watch:
     "What a run is at, and what signals came: the first interrupts its cell, a second or a minute kill it."
-    def __init__(self, cells: int):
+    def __init__(self, cells: int, limit: float):   # seconds until the first comes by itself; 0: never
         self.at, self.of = 0, cells + 1     # papermill inserts one
         self.heading, self.group, self.received = "", None, []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM):
             if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
                 signal.signal(number, self.handle)
+        signal.setitimer(signal.ITIMER_REAL, limit)
 
     def handle(self, number: int, frame) -> None:
         "Called on a signal."
@@ -139,7 +149,7 @@ def _reason(error: Exception) -> str:
 
 # %% ../../nbs/engine/cli.ipynb #daf4525e
 def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> int:
-    "Execute, write down how it ended, and say so; 0, or 1 where it failed, or 128 and the signal."
+    "Execute, write down how it ended, and say so; its exit code."
     look = f"look at it:   jupyter lab {shlex.quote(str(folder / 'notebook.ipynb'))}"
     try:
         record = _execute(experiment, folder, params, watch)
@@ -147,13 +157,14 @@ def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
     except Exception as error:
         with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
-        state = "interrupted" if watch.received else "failed"
-        why = f"cell In [{watch.at}]: {watch.received[0].name if watch.received else _reason(error)}"
-        end(folder, state, why)
+        state, code, reason = _ending(watch.received) or ("failed", 1, _reason(error))
+        why = f"cell In [{watch.at}]: {reason}"
+        with suppress(OSError):          # a disk without any room: the run will be found killed
+            end(folder, state, why)
         kept = ", ".join(sorted(path.name for path in folder.iterdir()))
         _tell(f"ncp-vae: {experiment.name} {state}: {why}\nkept:         {kept}\n{look}\ngo on with:   "
               f"ncp-vae run {experiment.name} --resume {shlex.quote(str(folder))}", sys.stderr)
-        return 128 + watch.received[0] if watch.received else 1
+        return code
     rows = [["  " + name, str(metric)] for name, metric in record["metrics"].items()]
     _tell(f"succeeded in {record['seconds']:.1f} s\n{columns(rows)}\n{look}\n"
           f"its figures:  {folder / 'figures'}")
@@ -169,6 +180,10 @@ def _dry_run(name: str, params: dict) -> int:
 def _run(args: argparse.Namespace) -> int:
     "ncp-vae run: a new run, or another attempt at an unfinished one."
     experiment = find_experiment(args.name)
+    if not 0 <= args.time_limit < inf:
+        raise ValueError(f"--time-limit {args.time_limit}: expected a number of seconds")
+    if "" in (args.preset, args.out, args.resume):
+        raise ValueError("--preset, --out and --resume need a name, and one of them is empty")
     if importlib.util.find_spec("papermill") is None:     # say so before a folder is made
         raise ModuleNotFoundError("papermill is not installed")
     if args.resume is None:
@@ -184,7 +199,7 @@ def _run(args: argparse.Namespace) -> int:
         params = resume_run(folder, experiment)
     _tell(f"{experiment.name} with {' '.join(f'{name}={value}' for name, value in params.items())}\n"
           f"in {folder}\nfollow it with: tail -f {shlex.quote(str(folder / 'log.txt'))}")
-    return _attempt(experiment, folder, params, _Watch(experiment.cells))
+    return _attempt(experiment, folder, params, _Watch(experiment.cells, args.time_limit))
 
 # %% ../../nbs/engine/cli.ipynb #8d057b40
 def _report(args: argparse.Namespace) -> int:
@@ -214,17 +229,19 @@ _COMMANDS = {
            (["--preset"], dict(metavar="smoke|cpu|full", help="by default smoke, the notebook's defaults")),
            (["--out"], dict(metavar="DIR", help="a new folder; by default runs/NAME/TIME-PRESET")),
            (["--resume"], dict(metavar="DIR", help="go on with an unfinished run in its folder")),
-           (["--dry-run"], dict(action="store_true", help="only print its hours and memory on GPUs"))],
+           (["--dry-run"], dict(action="store_true", help="only print its hours and memory on GPUs")),
+           (["--time-limit"], dict(metavar="SECONDS", type=float, default=0.0, help="stop then, within a "
+                                   f"minute, with exit code {_STOPPED}; go on by --resume"))],
     _report: [(["folders"], dict(nargs="*", metavar="DIR",
                                  help="runs, or folders of runs, to list the metrics of"))]}
 
-# %% ../../nbs/engine/cli.ipynb #3f5e6c15
+# %% ../../nbs/engine/cli.ipynb #c4a1e023
 def _parser() -> argparse.ArgumentParser:
     "The command line, from the table above and the first line of each function's docstring."
     top = argparse.ArgumentParser(
         "ncp-vae", description="Run the experiments of nbs/runs and report their results.",
-        epilog="Exit codes: 0 done, 1 the run failed, 2 bad input, 129, 130 or 143 stopped by "
-               "SIGHUP, Ctrl-C or SIGTERM.")
+        epilog=f"Exit codes: 0 done, 1 the run failed, 2 bad input, {_STOPPED} stopped at its --time-limit, "
+               "129, 130, 138 or 143 stopped by SIGHUP, Ctrl-C, SIGUSR1 or SIGTERM.")
     commands = top.add_subparsers(required=True, metavar="list | params | run | report")
     for function, arguments in _COMMANDS.items():
         text = function.__doc__.partition(": ")[2]

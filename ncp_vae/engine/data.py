@@ -13,6 +13,7 @@ import os
 import pickle
 import warnings
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,8 @@ _PLACES = {       # folders under root, or "" for itself; where its files come f
     "celebahq256": (["celebahq256", ""], "you: folders train and test, with the images", None)}
 
 # %% ../../nbs/engine/data.ipynb #850d0565
+_LARGEST = 2**28      # bytes of a published file, and numbers in it; prepared sets are not read at once
+
 def _find(name: str, root: str | Path | None, files: list[str], download: bool = False, **part) -> Path:
     folders, source, fetcher = _PLACES[name]
     base = Path(root or os.environ.get("NCP_VAE_DATA", "data"))
@@ -106,6 +109,10 @@ def _find(name: str, root: str | Path | None, files: list[str], download: bool =
         except Exception as error:      # no network, no room, no torchvision
             failure = f" and could not be downloaded ({error})"
     for path in filter(Path.exists, paths):
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"{path} is no regular file; put the published file in its place")
+        if path.suffix != ".npy" and path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any published file")
         return path
     raise FileNotFoundError(f"{name} is not on this disk{failure}: "
                             f"looked for {' and '.join(map(str, paths))}. It comes from {source}; "
@@ -114,11 +121,15 @@ def _find(name: str, root: str | Path | None, files: list[str], download: bool =
 # %% ../../nbs/engine/data.ipynb #203b5f33
 def _idx_values(path: Path, name: str, dims: int) -> Tensor:
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-        if raw[:4] != bytes([0, 0, 8, dims]):
-            raise ValueError(f"it begins with {raw[:4]}")
-        sizes = np.frombuffer(raw, ">u4", dims, offset=4)
-        values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(sizes)
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            head = file.read(4 + 4 * dims)
+            if head[:4] != bytes([0, 0, 8, dims]):
+                raise ValueError(f"it begins with {head[:4]}")
+            sizes = np.frombuffer(head, ">u4", dims, offset=4).tolist()
+            if not 0 < prod(sizes) <= _LARGEST:
+                raise ValueError(f"it says that it holds {sizes}")
+            raw = head + file.read(prod(sizes) + 1)            # one more: is there more?
+        values = np.frombuffer(raw, np.uint8, offset=len(head)).reshape(sizes)
     except Exception as error:      # what a damaged file raises is up to its first bad byte
         raise ValueError(f"{path} is not a whole IDX file of bytes in {dims} dimension(s): {error}; "
                          "delete it and put a whole file in its place") from error
@@ -155,9 +166,11 @@ def _read_static_mnist(name: str, split: str, root, **_) -> Tensor:
 @contextmanager
 def _from_matlab(path: Path, expected: str):
     "A MATLAB file's variables by name; whatever fails while they are taken is told with what was expected."
-    loadmat = import_extra("scipy.io").loadmat
+    matlab = import_extra("scipy.io")
     try:
-        yield loadmat(path)
+        if (held := sum(prod(shape) for _, shape, _ in matlab.whosmat(path))) > _LARGEST:
+            raise ValueError(f"it says that it holds {held} numbers")
+        yield matlab.loadmat(path)
     except Exception as error:      # what a damaged file raises is up to its first bad byte
         raise ValueError(f"{path} is not {expected} ({error!r}); "
                          "delete it and put a whole file in its place") from error

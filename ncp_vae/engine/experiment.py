@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Callable
@@ -77,16 +78,20 @@ def read_json(path: Path) -> dict:
     "Read one JSON object; ValueError that names the file where it is missing or damaged."
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
 # %% ../../nbs/engine/experiment.ipynb #2c7f8e4f
+_ENDS = ("succeeded", "failed", "interrupted", "stopped")
+
 def state_of(folder: str | Path) -> str:
-    "'running', 'succeeded', 'failed', 'interrupted'; or 'killed', gone without a word."
-    with suppress(ValueError, KeyError, psutil.NoSuchProcess):
+    "'running', one of `_ENDS`; or 'killed', gone without a word."
+    with suppress(ValueError, KeyError, TypeError, psutil.NoSuchProcess):
         status = read_json(Path(folder) / "status.json")
-        if status["state"] != "running" or status["host"] != platform.node():
+        if status["state"] in _ENDS or status["state"] == "running" and status["host"] != platform.node():
             return status["state"]
+        if status["state"] != "running":
+            return "killed"
         process = psutil.Process(status["pid"])
         same = abs(process.create_time() - status["created"]) < 60
         if same and process.status() != psutil.STATUS_ZOMBIE:
@@ -100,10 +105,22 @@ def begin(folder: Path, attempt: int) -> None:
         state="running", attempt=attempt, pid=os.getpid(), host=platform.node(),
         created=psutil.Process().create_time(), started=time.time()))
 
+def _sum_of_record(folder: Path) -> str | None:
+    "The SHA-256 of metrics.json; None where there is none."
+    path = folder / "metrics.json"
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
 def end(folder: Path, state: str, error: str | None = None) -> None:
-    "Write how the run ended: 'succeeded', 'failed' or 'interrupted', and why."
-    status = read_json(folder / "status.json")
-    write_json(folder / "status.json", {**status, "state": state, "ended": time.time(), "error": error})
+    "Write how the run ended, one of `_ENDS`, and why; and the sum of its record, where there is one."
+    path = folder / "status.json"
+    status = {**read_json(path), "state": state, "ended": time.time(), "error": error,
+              "record": _sum_of_record(folder)}
+    try:
+        write_json(path, status)
+    except OSError:                  # a full disk still has the room that the old status takes
+        with open(path, "r+", encoding="utf-8") as file:
+            file.write(json.dumps(status))
+            file.truncate()
 
 # %% ../../nbs/engine/experiment.ipynb #33bb4303
 def new_run(folder: str | Path | None, experiment: str, preset: str, params: dict) -> Path:
@@ -215,22 +232,38 @@ class Run(RunFolder):
         return self.dir / "metrics.json"
 
 # %% ../../nbs/engine/experiment.ipynb #cd4273ac
-_FIELDS = {"data", "model", "parts", "commit", "environment", "seconds"}     # and what was asked
+_FIELDS = dict(experiment=str, preset=str, params=dict, data=str, model=str, parts=list, commit=str,
+               environment=dict, seconds=(int, float), metrics=dict)
 
+def _check_record(folder: Path, record: dict) -> None:
+    "ValueError where a record is not whole, or not what the run in `folder` was asked for and ended with."
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind)]
+    if wrong or not record["metrics"]:
+        raise ValueError(f"it is not whole: {', '.join(wrong) or 'metrics'}")
+    if not all(isinstance(metric.get("unit", ""), str) for metric in record["metrics"].values()):
+        raise ValueError("a unit of its metrics is no text")
+    commits = record.get("earlier_commits", [])
+    if not isinstance(commits, list) or not all(isinstance(one, str) for one in commits + record["parts"]):
+        raise ValueError("its parts and earlier commits are no lists of names")
+    asked = read_json(folder / "params.json")
+    if asked != {key: record.get(key) for key in asked}:
+        raise ValueError("it belongs to a run with other parameters")
+    status = folder / "status.json"
+    signed = read_json(status).get("record") if status.is_file() else None
+    if signed not in (None, _sum_of_record(folder)):
+        raise ValueError("it was changed after the run had ended")
+
+# %% ../../nbs/engine/experiment.ipynb #c4a1e041
 def read_record(folder: str | Path) -> dict:
     """The record of a run, with a `Measured` for each of its `metrics`.
 
-    ValueError where it is missing or not of this run."""
+    ValueError where it is missing, not of this run, or not as it was when the run ended."""
     record = read_json(Path(folder) / "metrics.json")
-    asked = read_json(Path(folder) / "params.json")
     try:
-        if asked != {key: record[key] for key in asked}:
-            raise ValueError("it belongs to a run with other parameters")
-        if not record["metrics"] or not _FIELDS <= record.keys():
-            raise ValueError("it is not whole")
+        _check_record(Path(folder), record)
         metrics = {name: Measured(**fields) for name, fields in record["metrics"].items()}
         return {**record, "metrics": metrics}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"metrics.json in {folder} is not its record: {error}") from None
 
 # %% ../../nbs/engine/experiment.ipynb #ef49d49c
@@ -244,7 +277,7 @@ def _resumable(folder: Path, experiment: Experiment) -> dict:
                        "delete status.json and try again"}
     if (state := state_of(folder)) in done:
         raise ValueError(f"{folder} {done[state]}")
-    params = experiment.check(asked["params"])
+    params = experiment.check(asked.get("params"))
     if params.keys() != experiment.parameters.keys():
         raise ValueError(f"{experiment.name} has other parameters now than when {folder} was started: "
                          "start a new run")

@@ -95,7 +95,21 @@ def unknown(what: str, name: str, known) -> ValueError:
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
     return ValueError(f"no {what} is called {name!r}; {hint}")
 
+# %% ../../nbs/engine/parameters.ipynb #c4a1e030
+def _read_yaml(text: str):
+    "What a YAML text holds; ValueError where a key is there twice."
+    import yaml
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [str(key.value) for key, _ in node.value]
+            if twice := {key for key in keys if keys.count(key) > 1}:
+                raise ValueError(f"{', '.join(sorted(twice))} is there twice")
+            return super().construct_mapping(node, deep)
+    return yaml.load(text, Loader)
+
 # %% ../../nbs/engine/parameters.ipynb #1e40ec8e
+_SEEDS = 2**63       # and as many are left for seed + 1, ...
+
 @dataclass(frozen=True)
 class Experiment:
     "A notebook that can be run, read without a kernel."
@@ -107,19 +121,24 @@ class Experiment:
 
     def check(self, values: dict) -> dict:
         "The values, converted; ValueError for an unknown name or a value that is refused."
+        if not isinstance(values, dict):
+            raise ValueError(f"expected `name: value` of each parameter, got {values!r}")
         if "run_dir" in values:
             raise ValueError("run_dir is set by the command: name the folder with --out")
         for name in values.keys() - self.parameters.keys():
             raise unknown(f"parameter of {self.name}", str(name), self.parameters)
-        return {name: self.parameters[name].check(value) for name, value in values.items()}
+        checked = {name: self.parameters[name].check(value) for name, value in values.items()}
+        if checked.get("seed", 0) >= _SEEDS:
+            raise ValueError(f"parameter seed = {values['seed']!r}: must be below 2^63, torch takes no more")
+        return checked
 
     def presets(self) -> dict[str, dict]:
         "`smoke`, all defaults, and what the presets in the YAML file beside the notebook change."
         import yaml
         path = self.notebook.with_suffix(".yaml")
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+            found = _read_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if not isinstance(found, dict):
                 raise ValueError("expected a mapping from each preset to `name: value` lines")
             for name in found.keys() - {"cpu", "full"}:
                 raise unknown("preset", str(name), ["cpu", "full"])
@@ -161,9 +180,9 @@ def read_experiment(notebook: Path) -> Experiment:
         if types != [("run_dir", "str"), ("seed", "int")]:
             raise ValueError("the parameters cell needs the lines `run_dir: str = ...` and "
                              "`seed: int = ...`")
-    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{notebook} is not a run notebook: {error}") from None
-    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     subtitle = re.search(r"^> *(.*)|\Z", prose, re.MULTILINE)[1] or ""
     parameters.pop("run_dir")     # which is the command's to set
     code = sum(cell["cell_type"] == "code" and bool("".join(cell["source"]).strip()) for cell in cells)

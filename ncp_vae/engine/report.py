@@ -36,11 +36,11 @@ def _read(folder: Path, name: str) -> SimpleNamespace:
     status = read_json(folder / "status.json")
     if state_of(folder) != "succeeded":
         raise ValueError("it did not succeed")
-    ended = datetime.fromtimestamp(status["ended"], timezone.utc)
+    ended, attempt = datetime.fromtimestamp(status["ended"], timezone.utc), int(status["attempt"])
     record = read_record(folder)
     metrics = {key: _dated(metric, ended) for key, metric in record["metrics"].items()}
     return SimpleNamespace(**{"earlier_commits": [], **record, "metrics": metrics}, name=name,
-                           attempt=status["attempt"], day=str(ended.date()),
+                           attempt=attempt, day=str(ended.date()),
                            executed=(folder / "notebook.ipynb").is_file(),
                            figures={path.stem for path in folder.glob("figures/*.png")})
 
@@ -55,7 +55,7 @@ def read_results(folder: str | Path) -> tuple[list[SimpleNamespace], list[list[s
         name = str(path.relative_to(root)) if path != root else path.absolute().name
         try:
             runs.append(_read(path, name))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
             state = state_of(path)
             others.append([name, f"without a sound record: {error}" if state == "succeeded" else state])
     return runs, others
@@ -474,6 +474,17 @@ balls, which cover real images (*features*, "two ways to be wrong"). † is by a
 since:"""
 
 # %% ../../nbs/engine/report.ipynb #497cdece
+def _tellable(runs: list, others: list[list[str]]) -> tuple[list, list[list[str]]]:
+    "The same; the runs whose notebook has changed, or is gone, are then among the others."
+    told, left = [], []
+    for run in runs:
+        try:
+            _facts(run, _about(run, "against"))
+            told.append(run)
+        except (ValueError, LookupError) as error:
+            left.append([run.name, f"without a sound record: {error}"])
+    return told, others + left
+
 def _circumstances(runs: list, others: list[list[str]], results: str) -> str:
     "A paragraph for each run, the drawings of the paper, and folders without a result."
     failed = [[f"`{name}`", state.partition(":")[0]] for name, state in others]
@@ -484,6 +495,7 @@ def _circumstances(runs: list, others: list[list[str]], results: str) -> str:
 # %% ../../nbs/engine/report.ipynb #526bce8c
 def sections(runs: list, others: list[list[str]], results: str = "results") -> dict[str, str]:
     "The parts of the results page by their titles; results: the way from the page to the runs' folder."
+    runs, others = _tellable(runs, others)
     rows = _rows(runs)
     old = "; ".join(f"{what} (until {since[:10]})" for since, what in paper.PUT_RIGHT.values())
     return {"Verdict": _verdict(rows, runs),

@@ -45,18 +45,24 @@ def import_extra(module: str):
                                   name=error.name) from error
 
 # %% ../../nbs/engine/stored.ipynb #c4d7b108
+_PIXELS = 2**25      # of one image; a few kilobytes can claim any number
+
 def open_image(path: str | Path):
     """A file as a Pillow image of 8 bits a channel, grey or RGB, laid on white where it is transparent.
 
     ValueError, with the file's name, where it cannot be that."""
     Image = import_extra("PIL.Image")
     try:
-        image = Image.open(path)
+        if not Path(path).is_file():
+            raise ValueError("it is no regular file")
+        image = Image.open(path, formats=["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"])
+        if image.width * image.height > _PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {_PIXELS}")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"it has more than 8 bits a channel (mode {image.mode})")
         page = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return page.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an 8-bit image that Pillow can read: {error}; "
                          "put a whole file in its place") from error
 
@@ -164,7 +170,7 @@ def prepare(path: str | Path, files: list[Path], picture: Picture, name: str) ->
     """The set stored at `path`, made from the image files first where it is not there yet.
 
     files: in the images' order; an empty list will do once the set is there. name: for the manifest.
-    Raises FileNotFoundError for missing images, ValueError for a damaged one or a set made otherwise."""
+    FileNotFoundError for missing images, ValueError for a damaged one, one made otherwise or altered."""
     import fcntl
     path = Path(path)
     about = dict(name=name, preprocessing=str(picture),
@@ -180,6 +186,7 @@ def prepare(path: str | Path, files: list[Path], picture: Picture, name: str) ->
                 _write(path, files, picture, about)
                 Path(lock.name).unlink()
     stored = Stored(path)
+    stored.verify()
     for key, expected in about.items():
         if expected not in (None, stored.manifest.get(key)):
             raise ValueError(f"{path} was prepared for {key} {stored.manifest.get(key)!r}, "

@@ -97,19 +97,53 @@ def _diverged(settings: dict, what: str) -> FloatingPointError:
     return FloatingPointError(f"{settings['name']}: {what}; begin anew with a lower lr than "
                               f"{settings['lr']}, or look at the data")
 
+def _fits(saved: dict, here: dict) -> bool:
+    "Whether saved weights have the names, shapes and types of those here, and are finite."
+    return saved.keys() == here.keys() and all(
+        (value.shape, value.dtype) == (here[name].shape, here[name].dtype) and bool(value.isfinite().all())
+        for name, value in saved.items())
+
 def _optimizer(loss: nn.Module, lr: float, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     "Of the recipe, for all parameters of the loss."
     kind = {"adam": partial(torch.optim.Adam, fused=device.type in ("cpu", "cuda")),
             "adamax": partial(torch.optim.Adamax, eps=1e-3)}[recipe.optimizer]
     return kind(loss.parameters(), lr, weight_decay=recipe.weight_decay)
 
+# %% ../../nbs/engine/train.ipynb #c4a1e010
+def _take_moments(optimizer: torch.optim.Optimizer, moments: dict) -> bool:
+    "Give a new optimizer the moments of a checkpoint; whether they are those of its weights."
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    shapes = [(value.shape, weights[index].shape)
+              for index, of_weight in moments.items() for value in of_weight.values()]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return shapes != [] and all(shape in ((), expected) for shape, expected in shapes)
+
+def _check_saved(training: "_Training", file: Path, saved: dict) -> None:
+    """Take the moments of a checkpoint where it can be one of this training; else `Damaged`.
+
+    ValueError where it is of another one."""
+    try:
+        _check_settings(file, saved["settings"], training.settings)
+        here, best = training.loss.state_dict(), saved["best"]
+        sound = (type(saved["step"]) is int and 0 < saved["step"] <= training.settings["steps"]
+                 and 0 <= best["step"] <= saved["step"] and best["loss"] <= inf
+                 and _fits(saved["loss"], here) and _fits(best["weights"], here if best["step"] else {})
+                 and _take_moments(training.optimizer, saved["moments"]))
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise checkpoints.Damaged(f"{file} is no checkpoint of a training: {error!r}") from error
+    if not sound:
+        raise checkpoints.Damaged(f"{file} holds no state of this training: its step is {saved['step']!r}, "
+                                  "and its weights must be finite and of the shapes here")
+
 # %% ../../nbs/engine/train.ipynb #1e05dd27
 class _Training:
     "What changes while `loss` is trained, and where it is kept; goes on from `checkpoint` where that exists."
-
     def __init__(self, loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
                  checkpoint: str | Path | None):
-        self.settings, self.machine, self.checkpoint = settings, machine, checkpoint
+        self.loss = loss
+        self.settings = settings
+        self.machine = machine
+        self.checkpoint = checkpoint
         self.accelerator = Accelerator()
         if machine.sync_batch_norm:
             nn.SyncBatchNorm.convert_sync_batchnorm(loss)
@@ -117,15 +151,14 @@ class _Training:
         self.model = self.accelerator.prepare(loss)
         self.optimizer = _optimizer(loss, settings["lr"], recipe, self.accelerator.device)
         speed_up(loss, machine.channels_last, machine.compile)
-        self.state = dict(loss=loss, optimizer=self.optimizer)
         self.step = self.kept = 0
         self.best = dict(step=0, loss=inf, weights={})      # of the looks at held-out images; step 0: none
         self.whole = True          # no step has begun that did not end
+        self.sound = True          # what is at `checkpoint` may be kept as the older one
         if checkpoint is not None and checkpoints.claim(checkpoint).is_file():
-            saved = checkpoints.load(checkpoint)
-            _check_settings(checkpoint, saved.get("settings") or {}, settings)
-            for key, part in self.state.items():
-                part.load_state_dict(saved[key])
+            file, saved = checkpoints.load_last(checkpoint, partial(_check_saved, self))
+            self.sound = file == Path(checkpoint)
+            loss.load_state_dict(saved["loss"])
             self.step = self.kept = saved["step"]
             self.best = saved["best"]
 
@@ -133,14 +166,16 @@ class _Training:
         "Write the checkpoint, if it is new and of a whole step; FloatingPointError where it is not finite."
         if self.kept == self.step or not self.whole:
             return
-        state = {key: part.state_dict() for key, part in self.state.items()}
-        spoilt = [name for name, value in state["loss"].items() if not torch.isfinite(value).all()]
+        weights = self.loss.state_dict()
+        spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if spoilt:
             after = f"after step {self.step} of {self.settings['steps']}"
             raise _diverged(self.settings, f"{after} {spoilt[0]} is not finite")
         if self.checkpoint is not None and self.accelerator.is_main_process:
-            state.update(settings=self.settings, step=self.step, best=self.best)
-            checkpoints.save(self.checkpoint, state)
+            state = dict(settings=self.settings, step=self.step, best=self.best, loss=weights,
+                         moments=self.optimizer.state_dict()["state"])
+            checkpoints.save(self.checkpoint, state, keep=self.sound)
+            self.sound = True
         self.kept = self.step
 
 # %% ../../nbs/engine/train.ipynb #5d586383
@@ -205,16 +240,16 @@ def _line_stands(line: str, name: str, step: int) -> bool:
     "Whether a line of history is whole, and not of the training `name` after `step`, or a look at it then."
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+        return row["step"] <= {name: step, f"{name} held-out": step - 1}.get(row["stage"], inf)
+    except (ValueError, LookupError, TypeError):
         return False                        # torn by a kill
-    return row["step"] <= {name: step, f"{name} held-out": step - 1}.get(row["stage"], inf)
 
 def _open_history(path: str | Path | None, name: str, step: int) -> Callable[[dict], None]:
     "A function that appends a JSON line to `path` (None: nowhere); lines that do not stand are taken out."
     if path is None:
         return lambda row: None
     path = checkpoints.claim(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     standing = [line for line in lines if _line_stands(line, name, step)]
     if len(standing) < len(lines):
         with checkpoints.replacing(path) as part:
@@ -235,7 +270,7 @@ def _look(training: _Training, monitor: Callable[[], dict] | None, best_from: in
         return
     row, = broadcast_object_list([monitor()])          # the first process's: all keep the same step
     if step >= best_from and row.get("loss", inf) < training.best["loss"]:
-        weights = training.state["loss"].state_dict()
+        weights = training.loss.state_dict()
         training.best = dict(step=step, loss=row["loss"],
                              weights={key: value.to("cpu", copy=True) for key, value in weights.items()})
     log(dict(stage=f"{training.settings['name']} held-out", step=step, **row,
@@ -268,11 +303,14 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
         training.keep()
 
 # %% ../../nbs/engine/train.ipynb #f642fe10
-def _check_fit(loss: nn.Module, name: str, steps: int, lr: float, rows: int, parts: int) -> None:
+def _check_fit(loss: nn.Module, name: str, steps: int, lr: float, rows: int, parts: int,
+               save_every: float) -> None:
     "ValueError where `fit` cannot begin. rows: of a batch, on one process."
     if not isinstance(steps, int) or steps < 1 or not lr > 0:
         raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive, "
                          f"got {steps} and {lr}")
+    if not save_every >= 0:
+        raise ValueError(f"{name}: save_every must be at least 0 seconds, got {save_every}")
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError(f"{name}: there is no parameter to train")
     if parts > max(1, rows):
@@ -290,11 +328,13 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     monitor: called MONITORED times; what it returns is a line of history too, under "NAME held-out". Where it
     has a "loss", the training ends with the weights of the lowest from step best_from on, "best_step" there.
     history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C
-    and at the end; where it exists already the training goes on from it, bit for bit on a CPU.
+    and at the end, the one before it beside it as FILE.older; where it exists already the training goes on
+    from it, bit for bit on a CPU, or with a warning from the older one where it is damaged.
     A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
     ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
     not finite, or weights are kept that are not."""
-    _check_fit(loss, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts)
+    _check_fit(loss, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts,
+               save_every)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
                     **about)
     training = _Training(loss, settings, recipe, machine, checkpoint)
@@ -393,7 +433,7 @@ def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: f
             kl_warmup: int = 0, beta: float = 1.0, kl_balance: bool = False, spectral: float = 0.0,
             spectral_start: float = 0.0, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
             machine: Machine = Machine(), history: str | Path | None = None,
-            checkpoint: str | Path | None = None) -> TopDownVAE:
+            checkpoint: str | Path | None = None, save_every: float = 60.0) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, in eval mode, on the training device.
 
     data: [N, *image], a Dataset or a DataLoader of images. Parameters that need no gradient stay as they are.
@@ -413,7 +453,7 @@ def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: f
                    beta)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae", about=about,
         recipe=recipe, machine=machine, monitor=None if held_out is None else look, best_from=kl_warmup,
-        history=history, checkpoint=checkpoint)
+        history=history, checkpoint=checkpoint, save_every=save_every)
     return vae.eval()
 
 # %% ../../nbs/engine/train.ipynb #acf50013
@@ -527,7 +567,7 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
             batch_size: int, lr: float, seed: int, base: NoiseContrastivePrior | None = None,
             sampler: Sampler | None = None, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
             machine: Machine = Machine(), history: str | Path | None = None,
-            checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+            checkpoint: str | Path | None = None, save_every: float = 60.0) -> NoiseContrastivePrior:
     """Stage two: freeze the VAE and train one classifier for each latent group (Eq. 3, 4), all at once.
 
     ratios: one a group; None: `MLPRatio`s of App. I's size, and smaller ones below 2,000 images.
@@ -543,7 +583,7 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
                  about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
-                 history=history, checkpoint=checkpoint)
+                 history=history, checkpoint=checkpoint, save_every=save_every)
     if base is not None:
         ncp = NoiseContrastivePrior(vae, [StagedRatio(both) for both in zip(base.ratios, ncp.ratios)])
     return ncp.to(Accelerator().device).eval()
@@ -580,7 +620,8 @@ def _back_to_good(loss: EBMLoss, checkpoint: str | Path | None) -> str:
 def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None,
             sampler: Sampler, joint: bool = False, persistent: bool = False, steps: int, batch_size: int,
             lr: float, seed: int, recipe: Recipe = Recipe(), machine: Machine = Machine(),
-            history: str | Path | None = None, checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+            history: str | Path | None = None, checkpoint: str | Path | None = None,
+            save_every: float = 60.0) -> NoiseContrastivePrior:
     """Maximum likelihood of r p / Z (App. A), `sampler` drawing the negatives; see `EBMLoss`.
 
     ratios: as in `fit_ncp`. joint: train the VAE too, by the ELBO under this prior; else it is frozen.
@@ -596,7 +637,8 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     ncp.sampler = sampler
     try:
         fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="ebm", about=about,
-            recipe=recipe, machine=machine, history=history, checkpoint=checkpoint)
+            recipe=recipe, machine=machine, history=history, checkpoint=checkpoint,
+            save_every=save_every)
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_back_to_good(loss, checkpoint)}") from error
     return ncp.to(Accelerator().device).eval()
@@ -615,7 +657,7 @@ def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] 
              proposals: int | Sequence[int], joint: bool = False, steps: int, batch_size: int, lr: float,
              seed: int, recipe: Recipe = Recipe(), machine: Machine = Machine(),
              history: str | Path | None = None,
-             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+             checkpoint: str | Path | None = None, save_every: float = 60.0) -> NoiseContrastivePrior:
     """Train ratios by the bound of the law of `SIR(proposals)` (Lawson et al., 2019); see `PoolLoss`.
 
     ratios: as in `fit_ncp`. proposals: K, one int or one a group. joint: train the VAE too, by the ELBO under
@@ -626,14 +668,15 @@ def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] 
     ncp.sampler = SIR(proposals)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint)
     return _fit_pools(ncp, loss, data, machine, {}, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
-                      name="snis", recipe=recipe, history=history, checkpoint=checkpoint)
+                      name="snis", recipe=recipe, history=history, checkpoint=checkpoint,
+                      save_every=save_every)
 
 # %% ../../nbs/engine/train.ipynb #own15003
 def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
              ratios: Sequence[RatioEstimator] | None = None, proposals: int | Sequence[int],
              joint: bool = False, steps: int, batch_size: int, lr: float, seed: int,
              recipe: Recipe = Recipe(), machine: Machine = Machine(), history: str | Path | None = None,
-             checkpoint: str | Path | None = None) -> NoiseContrastivePrior:
+             checkpoint: str | Path | None = None, save_every: float = 60.0) -> NoiseContrastivePrior:
     """Train acceptances by the bound of `LARS(truncation)` in a pool of proposals (Bauer and Mnih, 2019).
 
     ratios: networks as in `fit_ncp`; those of the result are `Acceptance`s of them. It draws by
@@ -646,4 +689,4 @@ def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
     loss = PoolLoss(vae, ncp.ratios, proposals, joint, weigh)
     return _fit_pools(ncp, loss, data, machine, dict(truncation=sampler.truncation), steps=steps,
                       batch_size=batch_size, lr=lr, seed=seed, name="lars", recipe=recipe, history=history,
-                      checkpoint=checkpoint)
+                      checkpoint=checkpoint, save_every=save_every)
