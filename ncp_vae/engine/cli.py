@@ -170,13 +170,14 @@ def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
           f"its figures:  {folder / 'figures'}")
     return 0
 
-# %% ../../nbs/engine/cli.ipynb #0c15860b
+# %% ../../nbs/engine/cli.ipynb #10a910d5
 def _dry_run(name: str, params: dict) -> int:
     "Print what a run will take on a GPU; see `forecast`."
     from ncp_vae.engine.predict import forecast
     _tell(forecast(name, params))
     return 0
 
+# %% ../../nbs/engine/cli.ipynb #0c15860b
 def _run(args: argparse.Namespace) -> int:
     "ncp-vae run: a new run, or another attempt at an unfinished one."
     experiment = find_experiment(args.name)

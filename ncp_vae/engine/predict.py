@@ -378,11 +378,11 @@ def _deep_plan(params: dict) -> tuple[list[Stage], NoiseContrastivePrior]:
                          batch_size=params.get("batch_size", 128), **dense)
     loss = VAELoss(vae, how["kl_warmup"], how.get("kl_balance", False), how.get("spectral", 0.0))
     batch, bf16 = params.get("vae_batch") or how["batch_size"], params.get("bf16", False)
-    first = Stage("VAE", loss, shape, batch, how["steps"], params.get("vae_parts", 1), bf16)
+    first = Stage("VAE", loss, shape, batch, how["steps"], params.get("parts", 1), bf16)
     ratios = nn.ModuleList(ratios_for(vae, _first_of(params, "ncp_width", "ratio_width")))
     batch = _first_of(params, "ncp_batch", "ratio_batch", "batch_size")
     second = Stage("ratios", NCELoss(vae, ratios, None, None), shape, batch, params["ncp_steps"],
-                   params.get("ncp_parts", 1), bf16)
+                   params.get("ncp_parts") or params.get("parts", 1), bf16)
     return [second] if params.get("base") else [first, second], NoiseContrastivePrior(vae, ratios)
 
 # %% ../../nbs/engine/predict.ipynb #fba67c71

@@ -76,7 +76,7 @@ def _command_of(run: SimpleNamespace) -> str:
     return _typed(run.experiment, preset, {k: v for k, v in run.params.items() if usual.get(k) != v})
 
 # %% ../../nbs/engine/report.ipynb #5a5a79df
-_PLACES = {"seed", "data_root", "inception", "vae_parts", "ncp_parts"}
+_PLACES = {"seed", "data_root", "inception", "parts", "ncp_parts"}
 
 def _made_by(asked: dict, runs: list) -> list[str]:
     "The names of the runs that did what an experiment of the paper asks for."

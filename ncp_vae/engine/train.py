@@ -135,6 +135,13 @@ def _check_saved(training: "_Training", file: Path, saved: dict) -> None:
         raise checkpoints.Damaged(f"{file} holds no state of this training: its step is {saved['step']!r}, "
                                   "and its weights must be finite and of the shapes here")
 
+# %% ../../nbs/engine/train.ipynb #ed2f062c
+def _prepared(loss: nn.Module, machine: Machine, accelerator: Accelerator) -> nn.Module:
+    "The loss as accelerate runs it; its batch norms over all processes where the machine says so."
+    if machine.sync_batch_norm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(loss)
+    return accelerator.prepare(loss)
+
 # %% ../../nbs/engine/train.ipynb #1e05dd27
 class _Training:
     "What changes while `loss` is trained, and where it is kept; goes on from `checkpoint` where that exists."
@@ -145,10 +152,8 @@ class _Training:
         self.machine = machine
         self.checkpoint = checkpoint
         self.accelerator = Accelerator()
-        if machine.sync_batch_norm:
-            nn.SyncBatchNorm.convert_sync_batchnorm(loss)
         self.lr_at = partial(_lr_at, steps=settings["steps"], lr=settings["lr"], recipe=recipe)
-        self.model = self.accelerator.prepare(loss)
+        self.model = _prepared(loss, machine, self.accelerator)
         self.optimizer = _optimizer(loss, settings["lr"], recipe, self.accelerator.device)
         speed_up(loss, machine.channels_last, machine.compile)
         self.step = self.kept = 0
