@@ -252,9 +252,12 @@ def _of_seeds(family: list, name: str, usual: int | None = None) -> str:
 
 # %% ../../nbs/engine/report.ipynb #e084b487
 def _priors_of(family: list) -> list[str]:
-    "The base, and the names under which a comparison recorded a gain over it."
-    gain = f"{_how_compared(family)['likelihood']}_"
-    return ["base", *(name.removeprefix(gain) for name in family[0].metrics if name.startswith(gain))]
+    "The base, the names under which a comparison recorded a gain over it, and other named ones."
+    how, metrics = _how_compared(family), family[0].metrics
+    gain = f"{how['likelihood']}_"
+    gained = [name.removeprefix(gain) for name in metrics if name.startswith(gain)]
+    return [name for name in dict.fromkeys(["base", *gained, *how["priors"]])
+            if any(f"{column}_{name}" in metrics for column in how["columns"])]
 
 def _priors(runs: list) -> str:
     "For each frozen VAE a table of the priors on it: their likelihood, their samples, their costs."
@@ -272,18 +275,21 @@ def _priors(runs: list) -> str:
 
 # %% ../../nbs/engine/report.ipynb #83da128f
 def _leader(family: list, kind: str) -> str:
-    "The prior that gains most in likelihood or distance, how much, and how far it is ahead of the next."
+    "The prior that gains most, or is at the lowest distance, and how far it is ahead of the next."
     how = _how_compared(family)
     what, called = how[kind], how["priors"]
     found = {name: [run.metrics[key] for run in family] for name in _priors_of(family)
-             if all((key := f"{what}_{name}") in run.metrics for run in family)}
-    first, *rest = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=True) or [""]
-    if not first or _over_seeds(found[first])[0].value <= 0:
+             if name != "reconstruction" and all((key := f"{what}_{name}") in run.metrics for run in family)}
+    lower = what == "frechet"                 # a distance itself, and not how much lower it is than the base's
+    order = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=not lower)
+    if not order or not lower and _over_seeds(found[order[0]])[0].value <= 0:
         return "the base"
-    text = (f"{called.get(first, first)}, by {_of_seeds(family, f'{what}_{first}')} "
+    first, by = order[0], "" if lower else "by "
+    text = (f"{called.get(first, first)}, {by}{_of_seeds(family, f'{what}_{first}')} "
             f"{found[first][0].unit}")
-    for second in rest[:1]:
-        lead, spread = _over_seeds(list(map(_difference, found[first], found[second])))
+    for second in order[1:2]:
+        pair = (second, first) if lower else (first, second)
+        lead, spread = _over_seeds(list(map(_difference, *(found[name] for name in pair))))
         text += f", {lead.short(' ± ')}{_MARKS[_answer(lead, spread)]} ahead of {called.get(second, second)}"
     return text
 
