@@ -341,16 +341,18 @@ def _flat(params: dict, shape: tuple) -> dict[str, TopDownVAE]:
         return ResnetHVAE(config) if kind == "hvae" else ShallowVAE(config)
     papers = 40 if params.get("dataset") in ("mnist", "static_mnist") else 64
     p = params
-    return {"gaussians25": gaussians_vae,
-            "digits": lambda: DenseVAE(shape, p["latent_dim"], (p["width"],) * 2),
+    def dense():
+        return DenseVAE(shape, p["latent_dim"], (p["width"],) * 2)
+    return {"gaussians25": gaussians_vae, "digits": dense, "priors": dense,
             "rae": lambda: RaeVAE(shape, p["latent_dim"], p["width"], p["sigma"]),
             "flows": lambda: shallow(p["kind"], p["latent_dim"] or papers, width=p["width"]),
             "frozen": lambda: shallow(latent_dim=p["latent_dim"])}
 
 def _flat_ratio(params: dict, vae: TopDownVAE) -> MLPRatio:
     "Its classifier."
-    layers = 2 + params["extra_layers"] if "extra_layers" in params else 3
-    return MLPRatio(vae.latent_shapes[0], hidden=(params.get("ncp_width", 256),) * layers)
+    layers = 2 + params["extra_layers"] if "extra_layers" in params else params.get("ratio_layers", 3)
+    width = _first_of(params, "ncp_width", "ratio_width") or 256
+    return MLPRatio(vae.latent_shapes[0], hidden=(width,) * layers)
 
 # %% ../../nbs/engine/predict.ipynb #9faf926d
 def _first_of(params: dict, *names: str):
@@ -360,13 +362,17 @@ def _first_of(params: dict, *names: str):
 def _flat_plan(name: str, params: dict) -> tuple[list[Stage], NoiseContrastivePrior | None]:
     "The trainings of a run with one net of its own, and the prior that it samples."
     shape, n = _images(params, lambda n: min(1000, n // 10) if name == "digits" else 0)
-    vae, batch = _flat(params, shape)[name](), params["batch_size"]
+    known = _flat(params, shape)
+    if name not in known:
+        raise ValueError(f"{name}: its network is of another library, and not counted here")
+    vae, batch = known[name](), params["batch_size"]
     steps = _first_of(params, "vae_steps") or params["epochs"] * (n // batch)
     stages = [Stage("VAE", VAELoss(vae, 0), shape, batch, steps)]
-    if "ncp_steps" not in params:
+    steps = _first_of(params, "ncp_steps", "steps")
+    if steps is None:
         return stages, None
     ratios = nn.ModuleList([_flat_ratio(params, vae)])
-    stages.append(Stage("ratio", NCELoss(vae, ratios, None, None), shape, batch, params["ncp_steps"]))
+    stages.append(Stage("ratio", NCELoss(vae, ratios, None, None), shape, batch, steps))
     return stages, NoiseContrastivePrior(vae, ratios)
 
 # %% ../../nbs/engine/predict.ipynb #b6388ea4
@@ -374,6 +380,7 @@ def _deep_plan(params: dict) -> tuple[list[Stage], NoiseContrastivePrior]:
     "The trainings of a run that names its model, and the prior that it samples."
     shape, n = _images(params, lambda n: min(1000, n // 10))
     dense = {name: params[name] for name in ("groups", "latents", "state", "parameters") if name in params}
+    dense |= {"latents": params["latent_dim"]} if "latent_dim" in params else {}
     vae, how = build_vae(params["model"], shape, n, steps=params["vae_steps"],
                          batch_size=params.get("batch_size", 128), **dense)
     loss = VAELoss(vae, how["kl_warmup"], how.get("kl_balance", False), how.get("spectral", 0.0))
@@ -381,7 +388,8 @@ def _deep_plan(params: dict) -> tuple[list[Stage], NoiseContrastivePrior]:
     first = Stage("VAE", loss, shape, batch, how["steps"], params.get("parts", 1), bf16)
     ratios = nn.ModuleList(ratios_for(vae, _first_of(params, "ncp_width", "ratio_width")))
     batch = _first_of(params, "ncp_batch", "ratio_batch", "batch_size")
-    second = Stage("ratios", NCELoss(vae, ratios, None, None), shape, batch, params["ncp_steps"],
+    second = Stage("ratios", NCELoss(vae, ratios, None, None), shape, batch,
+                   _first_of(params, "ncp_steps", "steps"),
                    params.get("ncp_parts") or params.get("parts", 1), bf16)
     return [second] if params.get("base") else [first, second], NoiseContrastivePrior(vae, ratios)
 
@@ -393,7 +401,7 @@ def plan(name: str, params: dict) -> tuple[list[Stage], Draws | None]:
     if "vae_steps" not in params and "epochs" not in params:
         return [], None
     with counted(), torch.device("meta"):
-        stages, ncp = _deep_plan(params) if "model" in params else _flat_plan(name, params)
+        stages, ncp = _deep_plan(params) if params.get("model", "flat") != "flat" else _flat_plan(name, params)
     generated = PROTOCOLS[params["protocol"]].generated if "protocol" in params else params.get("draws")
     if ncp is None or "proposals" not in params or not generated:
         return stages, None
