@@ -190,7 +190,7 @@ def _backward(training: _Training, x: Tensor) -> dict[str, Tensor]:
     parts = x.tensor_split(training.machine.parts)
     autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=training.machine.bf16)
     with autocast():
-        prepare = getattr(training.state["loss"], "prepare", lambda parts, step: [()] * len(parts))
+        prepare = getattr(training.loss, "prepare", lambda parts, step: [()] * len(parts))
         given = prepare(parts, training.step)
     for part, of_whole in zip(parts, given):
         with autocast():
