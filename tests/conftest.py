@@ -1,5 +1,6 @@
 """What all tests share."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ BIN = Path(sys.executable).parent
 
 torch.set_num_threads(1)            # small tensors: on a busy machine a second thread costs a factor of ten
 os.environ.pop("IN_TEST", None)     # nbdev's runner sets it, and nbdev_export does nothing where it is set
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a job in the background of a script begins with Ctrl-C ignored
 
 # ---- the quick tier: `make quick` leaves out what tests/slow.txt names, one test a line with all its parameters ----
 
