@@ -280,7 +280,7 @@ def _leader(family: list, kind: str) -> str:
     what, called = how[kind], how["priors"]
     found = {name: [run.metrics[key] for run in family] for name in _priors_of(family)
              if name != "reconstruction" and all((key := f"{what}_{name}") in run.metrics for run in family)}
-    lower = what == "frechet"                 # a distance itself, and not how much lower it is than the base's
+    lower = what == "frechet"            # a distance itself, and not how much lower than the base's it is
     order = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=not lower)
     if not order or not lower and _over_seeds(found[order[0]])[0].value <= 0:
         return "the base"
@@ -293,10 +293,16 @@ def _leader(family: list, kind: str) -> str:
         text += f", {lead.short(' ± ')}{_MARKS[_answer(lead, spread)]} ahead of {called.get(second, second)}"
     return text
 
-def _leaders(family: list) -> str:
-    "The verdict on a comparison of priors: which has the best likelihood, and which the lowest distance."
-    return (f"- **Priors on one frozen VAE,** a comparison of ours, on {_label(family)}: the best likelihood "
-            f"has {_leader(family, 'likelihood')}; the lowest distance has {_leader(family, 'distance')}.")
+# %% ../../nbs/engine/report.ipynb #e2471f3b
+def _leaders(runs: list) -> list[str]:
+    "The verdicts on comparisons of priors, one an experiment: who has the best likelihood and distance."
+    said = {}
+    for family in _compared(runs):
+        said.setdefault(family[0].experiment, []).append(
+            f"On {_label(family)} the best likelihood has {_leader(family, 'likelihood')}; the lowest "
+            f"distance has {_leader(family, 'distance')}.")
+    begin = "- **Priors on one frozen VAE,** a comparison of ours. "
+    return [begin + " ".join(each) for each in said.values()]
 
 # %% ../../nbs/engine/report.ipynb #ed3db774
 def _strange(runs: list) -> str:
@@ -370,7 +376,7 @@ def _verdict(rows: list, runs: list) -> str:
           f"{_items(missing)}. What each needs stands under *Not run*. The lines that follow are about other "
           "data and smaller nets: they say whether an effect is there."] * bool(missing),
         *lines[False],
-        *(_leaders(family) for family in _compared(runs)),
+        *_leaders(runs),
         *[f"- **What got worse:** {'; '.join(worse)}."] * bool(worse),
         *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)])
 
