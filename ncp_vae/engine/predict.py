@@ -401,7 +401,8 @@ def plan(name: str, params: dict) -> tuple[list[Stage], Draws | None]:
     if "vae_steps" not in params and "epochs" not in params:
         return [], None
     with counted(), torch.device("meta"):
-        stages, ncp = _deep_plan(params) if params.get("model", "flat") != "flat" else _flat_plan(name, params)
+        deep = params.get("model", "flat") != "flat"
+        stages, ncp = _deep_plan(params) if deep else _flat_plan(name, params)
     generated = PROTOCOLS[params["protocol"]].generated if "protocol" in params else params.get("draws")
     if ncp is None or "proposals" not in params or not generated:
         return stages, None
