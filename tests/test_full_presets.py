@@ -5,6 +5,7 @@ steps, images, draws and proposals; compile=false, since compiling takes minutes
 weight file with its own hash, so that the distances are no FID. `studies` gets a small trained model. The five large ones are
 stopped after their first steps, since sampling from them takes minutes on a CPU."""
 import json
+import os
 import signal
 import subprocess
 import time
@@ -32,13 +33,18 @@ def result(folder, name):
     return record["params"], record["metrics"]
 
 
+def written(folder, file):
+    "Whether a run has written a file of this name. What goes away while one looks, a checkpoint's first folder, is no error to os.walk."
+    return any(file in files for _, _, files in os.walk(folder))
+
+
 def stopped(command, tmp_path, file, name, **given):
     "Ctrl-C once a full run has written this file: it ends as interrupted and is no result. The rows of its history."
     folder, deadline = tmp_path / "run", time.monotonic() + 1200
     with subprocess.Popen([BIN / "ncp-vae", *map(str, full(name, folder, **given))], cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
-            while not list(folder.rglob(file)) and process.poll() is None and time.monotonic() < deadline:
+            while not written(folder, file) and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=1200)[0]
