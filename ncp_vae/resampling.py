@@ -41,9 +41,9 @@ def check_log_weights(log_w: Tensor) -> Tensor:
     return log_w
 
 # %% ../nbs/theory/05_resampling.ipynb #7d2d2ab2
-_BLOCK = 64    # proposals whose random numbers are drawn together, whatever the chunk size
+BLOCK = 64    # proposals whose random numbers are drawn together, whatever the chunk size
 
-def _default_chunk(prior: Distribution, device: torch.device) -> int:
+def default_chunk(prior: Distribution, device: torch.device) -> int:
     "Proposals at once: 65,536 rows, or latents of 2^20 numbers, for a processor's cache, of 2^27 for a GPU."
     numbers = 2**20 if device.type == "cpu" else 2**27
     rows = min(2**16, numbers // max(1, prior.event_shape.numel()))
@@ -55,8 +55,8 @@ def _propose(prior: Distribution, proposals: int, chunk: int | None) -> Iterator
     left = proposals
     while left:
         z, keys = [], []
-        while left and (not z or _BLOCK * (len(z) + 1) <= (chunk or _default_chunk(prior, z[0].device))):
-            m = min(_BLOCK, left)
+        while left and (not z or BLOCK * (len(z) + 1) <= (chunk or default_chunk(prior, z[0].device))):
+            m = min(BLOCK, left)
             z.append(draws((m,)))
             waiting = torch.empty(m, *prior.batch_shape, dtype=torch.float32, device=z[-1].device)
             keys.append(-waiting.exponential_().log())
@@ -155,9 +155,9 @@ class Resampled:
 def _run_race(log_ratio, prior: Distribution, proposals: int, chunk: int | None, generator) -> Race:
     """One streaming pass over M proposals. A row whose weights are all zero has log_sum -inf.
 
-    chunk None: see `_default_chunk`."""
+    chunk None: see `default_chunk`."""
     def weigh(z):
-        at_once = chunk or _default_chunk(prior, z.device)
+        at_once = chunk or default_chunk(prior, z.device)
         parts = [log_ratio_at(log_ratio, part, prior) for part in z.split(at_once)]
         return check_log_weights(torch.cat(parts))
     with torch.no_grad(), seeded(generator):

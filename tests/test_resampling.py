@@ -15,7 +15,7 @@ from torch.distributions import Independent, Normal
 
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.prior import NoiseContrastivePrior
-from ncp_vae.resampling import (_BLOCK, SIR, _default_chunk, Race, Sampler, effective_sample_size, k_hat_threshold, merge, one_a_group,
+from ncp_vae.resampling import (BLOCK, SIR, default_chunk, Race, Sampler, effective_sample_size, k_hat_threshold, merge, one_a_group,
                                 pareto_k_hat, proposals_of, _propose, race)
 from ncp_vae.walk import seeded
 
@@ -69,8 +69,8 @@ def test_a_gpu_is_given_thousands_of_rows():
     "On a processor as many latents of 20 x 32 x 32 as its cache holds; elsewhere 6,553 rows of all images together, 65,536 small ones."
     cpu, there = torch.device("cpu"), torch.device("cuda")
     large, small = normal(100, 20 * 32 * 32), normal(4, 2)
-    assert [_default_chunk(prior, device) for prior in (large, small) for device in (cpu, there)] == [1, 65, 16384, 16384]
-    assert _default_chunk(normal(1, 20 * 8 * 8), there) == 65536
+    assert [default_chunk(prior, device) for prior in (large, small) for device in (cpu, there)] == [1, 65, 16384, 16384]
+    assert default_chunk(normal(1, 20 * 8 * 8), there) == 65536
 
 
 @pytest.mark.parametrize("M", [640, 6400])
@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_the_number_of_proposals(M):
         nonlocal most
         most = max(most, len(alive))
         return tilt(z.as_subclass(torch.Tensor))
-    SIR(M, chunk=2 * _BLOCK).draw(log_ratio, Watching(Normal(torch.zeros(3, 2), 1.0), 1), rng())
+    SIR(M, chunk=2 * BLOCK).draw(log_ratio, Watching(Normal(torch.zeros(3, 2), 1.0), 1), rng())
     assert 1 <= most <= 4                                       # this chunk's blocks, and at most those of one before
 
 

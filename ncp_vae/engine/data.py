@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stored import (BatchReader, Picture, Stored, check_images, import_extra, open_image,
-                                   prepare)
+from .stored import BatchReader, Picture, Stored, check_images, open_image, prepare
+from ..models.extras import import_extra
 
 # %% ../../nbs/engine/data.ipynb #1f44efed
 class Rows(BatchReader):

@@ -10,8 +10,8 @@ from typing import Iterator
 
 import numpy as np
 
-from .stored import import_extra
 from ..measured import Measured
+from ..models.extras import import_extra
 
 # %% ../../nbs/engine/detection.ipynb #43a3675d
 def _rates(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:

@@ -28,7 +28,7 @@ from ..models.flat import DenseVAE, RaeVAE, gaussians_vae
 from ..models.ratios import MLPRatio
 from ..models.shallow import ResnetHVAE, ShallowConfig, ShallowVAE
 from ..prior import NoiseContrastivePrior
-from ..resampling import _BLOCK, SIR, _default_chunk
+from ..resampling import BLOCK, SIR, default_chunk
 from ..walk import TopDownVAE
 
 # %% ../../nbs/engine/predict.ipynb #3270f4d6
@@ -304,8 +304,8 @@ def draw_cost(draws: Draws) -> Cost:
     with counted() as counting, torch.no_grad():
         def choose(step):
             log_ratio = ncp.ratios[step.index].condition(step.context)
-            chunk = _default_chunk(step.prior, torch.device("meta"))
-            chunk = min(M, max(_BLOCK, chunk // _BLOCK * _BLOCK))
+            chunk = default_chunk(step.prior, torch.device("meta"))
+            chunk = min(M, max(BLOCK, chunk // BLOCK * BLOCK))
             counting.times = M / chunk
             z = SIR(chunk).draw(log_ratio, step.prior)
             counting.times = 1.0

@@ -10,7 +10,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import trange
 
 from .checkpoint import replacing
+from ..models.extras import import_extra
 
 # %% ../../nbs/engine/stored.ipynb #873672b1
 def check_images(images: Tensor, what: str = "images") -> Tensor:
@@ -34,15 +34,6 @@ def check_images(images: Tensor, what: str = "images") -> Tensor:
         raise ValueError(f"{what} lie in [{low:.4g}, {high:.4g}]; "
                          "expected [0, 1], and no NaN or infinite values")
     return images
-
-# %% ../../nbs/engine/stored.ipynb #5dc5810b
-def import_extra(module: str):
-    "A module of the extra `run`; a ModuleNotFoundError that says what to install where it is not there."
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}; it comes with pip install 'ncp-vae[run]'",
-                                  name=error.name) from error
 
 # %% ../../nbs/engine/stored.ipynb #c4d7b108
 _PIXELS = 2**25      # of one image; a few kilobytes can claim any number

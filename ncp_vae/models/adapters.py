@@ -7,14 +7,13 @@ __all__ = ['PythaeVAE', 'from_pythae', 'PythaeSampler', 'DiffusersVAE']
 
 # %% ../../nbs/models/adapters.ipynb #885d1f88
 import json
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from .config import configured
+from .extras import import_extra
 from .flat import check_shape
 from .likelihoods import bernoulli, normal
 from ..prior import ReweightedPrior
@@ -28,14 +27,6 @@ def _logits(p: Tensor) -> Tensor:
     return p.clamp_min(floor).log() - (1 - p).clamp_min(floor).log()
 
 # %% ../../nbs/models/adapters.ipynb #97346424
-def _pythae(place: str) -> ModuleType:
-    "A module of pythae; a ModuleNotFoundError that says what to install where it is not there."
-    try:
-        return import_module(place)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}; it comes with pip install 'ncp-vae[pythae]'",
-                                  name=error.name) from error
-
 def _net(net: nn.Module | str, image_shape: torch.Size, latent_dim: int) -> nn.Module:
     "The network itself; or one of pythae's, by the 'module:name' of its class, with fresh weights."
     if isinstance(net, nn.Module):
@@ -44,8 +35,9 @@ def _net(net: nn.Module | str, image_shape: torch.Size, latent_dim: int) -> nn.M
     if not place.startswith("pythae.models.nn."):
         raise ValueError("PythaeVAE: a network is a module, or named like pythae.models.nn....:Name; "
                          f"got {net!r}")
-    config = _pythae("pythae.models").VAEConfig(input_dim=tuple(image_shape), latent_dim=latent_dim)
-    return getattr(_pythae(place), name)(config)
+    models = import_extra("pythae.models", "pythae")
+    config = models.VAEConfig(input_dim=tuple(image_shape), latent_dim=latent_dim)
+    return getattr(import_extra(place, "pythae"), name)(config)
 
 def _named(net: nn.Module) -> nn.Module | str:
     "The other way: the name of a class that is pythae's, else the network."
@@ -151,7 +143,7 @@ def _check_sampling(num_samples: int, batch_size: int, output_dir, save_sampler_
 def _write(images: Tensor, folder: Path, at: int) -> None:
     "Images [B, C, H, W] as files, the first with number `at`, in the way of pythae's own samplers."
     folder.mkdir(parents=True, exist_ok=True)
-    own = _pythae("pythae.samplers").BaseSampler
+    own = import_extra("pythae.samplers", "pythae").BaseSampler
     for i, image in enumerate(images):
         own.save_img(None, image, str(folder), f"{at + i:08d}.png")
 

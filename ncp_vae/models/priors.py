@@ -14,6 +14,7 @@ from torch.distributions import Categorical, Distribution, constraints
 
 from ..hierarchy import descend
 from ..holes import draw_of_densities, log_sum_of_densities
+from .extras import import_extra
 from ..walk import TopDownVAE, WithPriors, check_step, evaluating, from_posterior, seeded
 
 # %% ../../nbs/models/priors.ipynb #8536cb02
@@ -81,13 +82,14 @@ class GaussianMixture(nn.Module):
 
         images: a Tensor [N, *image], or a Dataset whose slices are such. ValueError where there are
         fewer than 2 D images a component."""
-        from sklearn.mixture import GaussianMixture as Fit
         event = torch.Size(vae.latent_shapes[group])
         if components < 1 or len(images) < 2 * event.numel() * components:
             raise ValueError("GaussianMixture.fit: images must be at least 2 D a component, got latents "
                              f"of D = {event.numel()}, {len(images)} images and {components} components")
         z = _posterior_draws(vae.eval(), images, group, torch.Generator().manual_seed(seed))
-        fit = Fit(components, max_iter=2000, random_state=seed).fit(z.flatten(1).double().cpu().numpy())
+        mixtures = import_extra("sklearn.mixture")
+        fit = mixtures.GaussianMixture(components, max_iter=2000, random_state=seed)
+        fit.fit(z.flatten(1).double().cpu().numpy())
         roots = torch.linalg.cholesky(torch.from_numpy(fit.covariances_))
         weights, means = (torch.from_numpy(x) for x in (fit.weights_, fit.means_))
         return cls(*(x.to(z) for x in (weights, means, roots)), event)
