@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -31,17 +32,19 @@ from ncp_vae.models.speed import Autocast, speed_up                             
 from ncp_vae.prior import NoiseContrastivePrior                                                # noqa: E402
 from ncp_vae.sampling import SIR                                                               # noqa: E402
 
-VARIANTS = {"bfloat16-channels_last": {"bf16": True, "channels_last": True}, "float32": {}, "bfloat16": {"bf16": True},
-            "float32-channels_last": {"channels_last": True},
+VARIANTS = {"bfloat16-channels_last": {"bf16": True, "channels_last": True}, "bfloat16": {"bf16": True},
+            "float32-channels_last": {"channels_last": True}, "float32": {},
+            "bfloat16-channels_last-heuristics": {"bf16": True, "channels_last": True},     # without cudnn.benchmark
             "bfloat16-channels_last-compiled": {"bf16": True, "channels_last": True, "compile": True}}
-FULL = {"preset": "celeba64-30", "width": 64, "proposals": 5_000, "budget": 500, "batches": [1, 100], "at_once": 4_096,
-        "memory_proposals": [500, 5_000, 50_000], "memory_at_once": 448, "sweep": [1_024, 4_096, 16_384],
+FULL = {"preset": "celeba64-30", "width": 64, "proposals": 5_000, "budget": 500, "batch": 100, "at_once": 4_096,
+        "memory_proposals": [500, 5_000, 50_000], "memory_at_once": 448, "sweep": [64, 512, 4_096, 16_384],
         "matrix": 8_192, "repeats": 3, "variants": list(VARIANTS), "train_batch": 256, "train_steps": [5, 25],
-        "train_variants": ["bfloat16-channels_last", "bfloat16", "bfloat16-channels_last-compiled"], "train_parts": [1, 2]}
-QUICK = {"preset": "digits", "width": 2, "proposals": 128, "budget": 64, "batches": [2], "at_once": 64,
+        "trainings": [["bfloat16-channels_last", 1], ["bfloat16", 1], ["float32-channels_last", 2], ["bfloat16-channels_last", 2],
+                      ["bfloat16-channels_last-compiled", 1]]}
+QUICK = {"preset": "digits", "width": 2, "proposals": 128, "budget": 64, "batch": 2, "at_once": 64,
          "memory_proposals": [64, 128], "memory_at_once": 64, "sweep": [64, 128],
          "matrix": 64, "repeats": 1, "variants": ["bfloat16-channels_last", "float32"], "train_batch": 8, "train_steps": [1, 2],
-        "train_variants": ["bfloat16-channels_last"], "train_parts": [2]}
+         "trainings": [["bfloat16-channels_last", 2]]}
 
 
 def device_for(args):
@@ -60,11 +63,12 @@ def device_for(args):
 
 def built(settings, variant, device):
     "A noise contrastive prior of the preset's shape with random weights, in eval mode."
-    torch.manual_seed(0)
-    vae = NVAE(preset(settings["preset"]).config).to(device)
     bf16, switches = variant.get("bf16", False), {key: on for key, on in variant.items() if key != "bf16"}
-    ratios = [speed_up(ConvRatio(z, c, settings["width"]).eval().to(device), **switches)
-              for z, c in zip(vae.latent_shapes, vae.context_shapes)]
+    torch.manual_seed(0)
+    with device:
+        vae = NVAE(preset(settings["preset"]).config)
+        ratios = [speed_up(ConvRatio(z, c, settings["width"]).eval(), **switches)
+                  for z, c in zip(vae.latent_shapes, vae.context_shapes)]
     return NoiseContrastivePrior(vae, [Autocast(ratio) if bf16 else ratio for ratio in ratios]).eval()
 
 
@@ -94,17 +98,14 @@ def drawn(ncp, proposals, batch, at_once=None):
 
 def measure_time(settings, ncp, device, batch):
     "Seconds an image with M proposals in every group, and with a tenth of the groups at M and the others at a budget."
-    groups = len(ncp.ratios)
-    budgets = [settings["proposals"] if k % 10 == 0 else settings["budget"] for k in range(groups)]
-    calls = {"all": settings["proposals"], "budgets": budgets}
-    times = common.compare({name: partial(drawn, ncp, m, batch) for name, m in calls.items()},
-                           settings["repeats"], device)
+    groups, most = len(ncp.ratios), settings["proposals"]
+    counts = {"all": [most] * groups, "budgets": [most if k % 10 == 0 else settings["budget"] for k in range(groups)]}
+    drawn(ncp, settings["budget"], batch)                          # libraries try their ways, and compilers compile
+    times = {name: cost.once(partial(drawn, ncp, proposals, batch), device)[0] for name, proposals in counts.items()}
     work = [flops(ncp, k, settings["width"]) for k in range(groups)]
-    counts = {"all": [settings["proposals"]] * groups, "budgets": budgets}
-    return {name: {**found, "s_an_image": found["median_s"] / batch, "evaluations_an_image": sum(counts[name]),
-                   "tflop_an_image": sum(map(int.__mul__, counts[name], work)) / 1e12,
-                   "tflop_s": batch * sum(map(int.__mul__, counts[name], work)) / found["median_s"] / 1e12}
-            for name, found in times.items()}
+    tflop = {name: sum(map(int.__mul__, proposals, work)) / 1e12 for name, proposals in counts.items()}
+    return {name: {"seconds": seconds, "s_an_image": seconds / batch, "evaluations_an_image": sum(counts[name]),
+                   "tflop_an_image": tflop[name], "tflop_s": batch * tflop[name] / seconds} for name, seconds in times.items()}
 
 
 def measure_rate(settings, ncp, device, dtype):
@@ -127,53 +128,87 @@ def measure_rate(settings, ncp, device, dtype):
 
 
 def measure_memory(settings, ncp, device):
-    "MB that one image needs at its peak at each M. Each is drawn once unmeasured: libraries try their ways."
-    found = {}
-    for m in settings["memory_proposals"]:
-        call = partial(drawn, ncp, m, 1, settings["memory_at_once"])
+    "MB that one image needs at its peak at each M, in small chunks and in those of the runs. Each is drawn once unmeasured."
+    found, most = {}, settings["memory_proposals"][-1]
+    for m, at_once in [*((m, settings["memory_at_once"]) for m in settings["memory_proposals"]), (most, None)]:
+        call = partial(drawn, ncp, m, 1, at_once)
         call()
         grown = cost.peak_growth(call, device)
-        found[str(m)] = {"growth_mb": grown and grown / 1e6}
+        found[str(m) if at_once else f"{m}, in the chunks of the runs"] = {"growth_mb": grown and grown / 1e6}
     return found
 
 
-def measure_training(settings, ncp, device, stage, variant, parts):
-    "Images a second of one stage, by what the longer of two trainings takes beyond the shorter; compilation is in neither."
+def trainer(settings, ncp, stage, variant, parts):
+    "A function of a number of steps: it trains one stage for so long, on random images."
     shape, batch = ncp.vae.config.image_shape, settings["train_batch"]
     images, ratios = torch.rand(2 * batch, *shape).round(), [getattr(ratio, "ratio", ratio) for ratio in ncp.ratios]
     common_settings = {"batch_size": batch, "lr": 1e-5, "seed": 0, "machine": Machine(**variant, parts=parts)}
-    def trained(steps):
-        if stage == "vae":
-            return fit_vae(ncp.vae, images, steps=steps, kl_warmup=4, kl_balance=True, spectral=0.1, **common_settings)
-        return fit_ncp(ncp.vae, images, ratios=ratios, steps=steps, **common_settings)
+    if stage == "vae":
+        return lambda steps: fit_vae(ncp.vae, images, steps=steps, kl_warmup=4, kl_balance=True, spectral=0.1, **common_settings)
+    return lambda steps: fit_ncp(ncp.vae, images, ratios=ratios, steps=steps, **common_settings)
+
+
+def measure_training(settings, ncp, device, stage, variant, parts):
+    "Images a second of one stage, by what the longer of two trainings takes beyond the shorter; the first, not counted, compiles."
+    trained = trainer(settings, ncp, stage, variant, parts)
     few, many = settings["train_steps"]
-    times = common.compare({str(steps): partial(trained, steps) for steps in (few, many)}, settings["repeats"], device)
-    seconds = (times[str(many)]["median_s"] - times[str(few)]["median_s"]) / (many - few)
     grown = cost.peak_growth(partial(trained, few), device)
-    speed = batch / seconds if seconds > 0 else None                   # tiny shapes: the clock is too coarse
-    return {"times": times, "s_a_step": seconds, "images_a_second": speed, "growth_mb": grown and grown / 1e6}
+    times = {steps: cost.once(partial(trained, steps), device)[0] for steps in (few, many)}
+    seconds = (times[many] - times[few]) / (many - few)
+    speed = settings["train_batch"] / seconds if seconds > 0 else None                   # tiny shapes: the clock is too coarse
+    return {"seconds": {str(steps): found for steps, found in times.items()}, "s_a_step": seconds, "images_a_second": speed,
+            "growth_mb": grown and grown / 1e6}
+
+
+def kernels(call):
+    "How many kernels and copies a call starts on the GPU, and the seconds that they run, added up."
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    there = [event for event in profile.profiler.kineto_results.events() if event.device_type() == torch.autograd.DeviceType.CUDA]
+    return len(there), sum(event.duration_ns() for event in there) / 1e9
+
+
+def measure_kernels(settings, ncp, device, stage, variant):
+    "Of one step of a stage: kernels, and seconds that they run; what two steps need beyond one."
+    if device.type != "cuda":
+        return None
+    trained = trainer(settings, ncp, stage, variant, 1)
+    trained(1)
+    (few, short), (many, long) = (kernels(partial(trained, steps)) for steps in (1, 2))
+    return {"kernels_a_step": many - few, "busy_s_a_step": long - short}
 
 
 def sweep(settings, ncp, device):
-    "Seconds an image against how many proposals are evaluated at a time, for the largest batch of images."
-    batch = max(settings["batches"])
-    times = common.compare({str(n): partial(drawn, ncp, settings["proposals"], batch, n) for n in settings["sweep"]},
-                           settings["repeats"], device)
-    return {n: {**found, "s_an_image": found["median_s"] / batch} for n, found in times.items()}
+    "Microseconds a proposal against how many are evaluated at once, at each scale."
+    found = {}
+    for side, (k, _) in scales(ncp).items():
+        z, c = (torch.randn(n, *shape, device=device) for n, shape in
+                ((max(settings["sweep"]), ncp.vae.latent_shapes[k]), (1, ncp.vae.context_shapes[k])))
+        with torch.no_grad():
+            log_ratio = ncp.ratios[k].condition(c)
+            times = common.compare({n: partial(log_ratio, z[:n, None]) for n in settings["sweep"]}, settings["repeats"], device)
+        found[str(side)] = {str(n): {**row, "microseconds_a_proposal": 1e6 * row["median_s"] / n} for n, row in times.items()}
+    return found
 
 
 def pieces(settings):
-    "{name: (variant, measurement)}, the most wanted first."
-    found = {}
+    "{name: (variant, measurement)}, the most wanted first, and last what waits for a compiler."
+    found, first, batch = {}, settings["variants"][0], settings["batch"]
     for name in settings["variants"]:
         dtype = torch.bfloat16 if VARIANTS[name].get("bf16") else torch.float32
-        found |= {f"time-{name}-batch{batch}": (name, partial(measure_time, batch=batch)) for batch in settings["batches"]}
-        found |= {f"rate-{name}": (name, partial(measure_rate, dtype=dtype)), f"memory-{name}": (name, measure_memory)}
-    for name in settings["train_variants"]:
-        for stage, parts in [(stage, parts) for parts in settings["train_parts"] for stage in ("vae", "ncp")]:
-            found[f"train-{stage}-{name}-parts{parts}"] = (name, partial(measure_training, stage=stage, variant=VARIANTS[name], parts=parts))
-    first = settings["variants"][0]
-    return {**found, f"sweep-{first}": (first, sweep)}
+        found[f"rate-{name}"] = (name, partial(measure_rate, dtype=dtype))
+        found[f"time-{name}-batch1"] = (name, partial(measure_time, batch=1))
+        if name == first:
+            found |= {f"kernels-{stage}-{name}": (name, partial(measure_kernels, stage=stage, variant=VARIANTS[name]))
+                      for stage in ("vae", "ncp")}
+    for name, parts in settings["trainings"]:
+        for stage in ("vae", "ncp"):
+            found[f"train-{stage}-{name}-parts{parts}"] = (
+                name, partial(measure_training, stage=stage, variant=VARIANTS[name], parts=parts))
+    found |= {f"sweep-{first}": (first, sweep), f"memory-{first}": (first, measure_memory),
+              f"time-{first}-batch{batch}": (first, partial(measure_time, batch=batch))}
+    return dict(sorted(found.items(), key=lambda item: ("compiled" in item[0], item[1][0] != first)))
 
 
 def done(path, settings, machine):
@@ -196,7 +231,7 @@ def targets(parts):
     if rate := best("rate-bfloat16", lambda found: found["of_matrix_product"], max):
         wanted[f"classifiers' rate over a large matrix product's ({rate[0]})"] = common.target(rate[1], at_least=0.3)
     def growth(found):
-        grown = [row["growth_mb"] or 0.0 for row in found.values()]       # None: a CPU whose system cannot tell
+        grown = [row["growth_mb"] or 0.0 for name, row in found.items() if name.isdigit()]       # None: a system that cannot tell
         return max(grown) - grown[0]
     if memory := best("memory", growth, max):
         wanted[f"growth of peak memory with the number of proposals, MB, the worst ({memory[0]})"] = common.target(
@@ -207,9 +242,7 @@ def targets(parts):
 def sample(args):
     device, settings, machine = device_for(args), QUICK if args.quick else FULL, common.machine()
     folder, stop = args.out or common.RESULTS / "gpu", time.monotonic() + 60 * args.minutes
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")       # as convolutions are by default: both in TF32 where the GPU has it
+    torch.set_float32_matmul_precision("high")           # as convolutions are by default: both in TF32 where the GPU has it
     parts, left = {}, {}
     for name, of in pieces(settings).items():
         part = done(folder / f"{name}.json", settings, machine)
@@ -217,12 +250,18 @@ def sample(args):
     for name, (variant, measure) in list(left.items()):
         if time.monotonic() > stop:
             break
-        began, ncp = time.monotonic(), built(settings, VARIANTS[variant], device)
-        found = measure(settings, ncp, device)
+        began = time.monotonic()
+        torch.backends.cudnn.benchmark = not variant.endswith("heuristics")
+        try:
+            found = measure(settings, built(settings, VARIANTS[variant], device), device)
+        except Exception:                               # of memory, or of a compiler: the other pieces can still be measured
+            traceback.print_exc()
+            print(f"{name}: failed")
+            continue
         parts[name] = {"benchmark": f"gpu {name}", "quick": args.quick, "machine": machine, "settings": settings,
                        "seconds": time.monotonic() - began, "found": found}
         common.write_json(folder / f"{name}.json", parts[name])
-        del left[name], ncp
+        del left[name]
     common.write_json(folder / "sample.json", {"benchmark": "gpu sample", "quick": args.quick, "machine": machine,
                                                "pieces": sorted(parts), "left": list(left), "targets": targets(parts)})
     print(f"{len(left)} pieces left: call again" if left else "no piece is left")

@@ -68,18 +68,29 @@ def test_gpu_sampling_in_pieces(tmp_path, capsys):
     gpu = script("gpu")
     quick = ["sample", "--device", "cpu", "--quick", "--out", str(tmp_path), "--minutes"]
     gpu.main([*quick, "-1"])
-    assert "9 pieces left" in capsys.readouterr().out
+    assert "11 pieces left" in capsys.readouterr().out
     gpu.main([*quick, "9999"])
     parts = {path.stem: path.read_text() for path in tmp_path.glob("*.json")}
     assert set(parts) == {*gpu.pieces(gpu.QUICK), "sample"}
-    gone, other = "rate-float32", "memory-float32"
+    gone, other = "rate-float32", "memory-bfloat16-channels_last"
     (tmp_path / f"{gone}.json").unlink()
     (tmp_path / f"{other}.json").write_text(parts[other].replace('"proposals": 128', '"proposals": 64'))
     gpu.main([*quick, "9999"])
     now = {path.stem: path.read_text() for path in tmp_path.glob("*.json")}
     assert {name for name in parts if now[name] != parts[name]} <= {gone, other, "sample"}
     assert '"proposals": 128' in now[other] and json.loads(now["sample"])["left"] == []
-    assert set(json.loads(now[other])["found"]) == {"64", "128"}
+    assert set(json.loads(now[other])["found"]) == {"64", "128", "128, in the chunks of the runs"}
+
+
+def test_a_piece_that_fails_is_left_and_the_others_measured(tmp_path, capsys, monkeypatch):
+    gpu = script("gpu")
+    def too_large(settings, ncp, device):
+        raise torch.OutOfMemoryError("no memory left")
+    monkeypatch.setattr(gpu, "pieces", lambda settings: {"large": ("float32", too_large), "sweep": ("float32", gpu.sweep)})
+    gpu.main(["sample", "--device", "cpu", "--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert "large: failed" in printed.out and "1 pieces left" in printed.out and "no memory left" in printed.err
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"sweep", "sample"}
 
 
 def test_process_measures_what_tests_may_not_assert(tmp_path, monkeypatch):

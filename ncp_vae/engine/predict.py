@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .fid import PROTOCOLS
-from .recipes import build_vae, ratios_for
+from .recipes import build_vae, in_bf16, ratios_for
 from .report import columns
 from .train import NCELoss, VAELoss
 from ..models.flat import DenseVAE, RaeVAE, gaussians_vae
@@ -297,6 +297,7 @@ class Draws:
     proposals: int
     batch: int
     number: int
+    chunk: int = 0            # 0: as `SIR` has it by default
 
 def draw_cost(draws: Draws) -> Cost:
     "Of one batch of samples."
@@ -304,7 +305,7 @@ def draw_cost(draws: Draws) -> Cost:
     with counted() as counting, torch.no_grad():
         def choose(step):
             log_ratio = ncp.ratios[step.index].condition(step.context)
-            chunk = default_chunk(step.prior, torch.device("meta"))
+            chunk = draws.chunk or default_chunk(step.prior, torch.device("meta"))
             chunk = min(M, max(BLOCK, chunk // BLOCK * BLOCK))
             counting.times = M / chunk
             z = SIR(chunk).draw(log_ratio, step.prior)
@@ -391,7 +392,8 @@ def _deep_plan(params: dict) -> tuple[list[Stage], NoiseContrastivePrior]:
     second = Stage("ratios", NCELoss(vae, ratios, None, None), shape, batch,
                    _first_of(params, "ncp_steps", "steps"),
                    params.get("ncp_parts") or params.get("parts", 1), bf16)
-    return [second] if params.get("base") else [first, second], NoiseContrastivePrior(vae, ratios)
+    ncp = NoiseContrastivePrior(vae, ratios)
+    return [second] if params.get("base") else [first, second], in_bf16(ncp) if bf16 else ncp
 
 # %% ../../nbs/engine/predict.ipynb #fba67c71
 def plan(name: str, params: dict) -> tuple[list[Stage], Draws | None]:
@@ -407,7 +409,8 @@ def plan(name: str, params: dict) -> tuple[list[Stage], Draws | None]:
     if ncp is None or "proposals" not in params or not generated:
         return stages, None
     number = min(generated, params.get("limit") or generated)
-    return stages, Draws(ncp, params["proposals"], min(number, params.get("sample_batch", 100)), number)
+    batch = min(number, params.get("sample_batch", 100))
+    return stages, Draws(ncp, params["proposals"], batch, number, params.get("chunk", 0))
 
 def not_counted(params: dict) -> list[str]:
     "Parameters of other trainings, which `plan` leaves out."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['network', 'build_vae', 'is_binary', 'as_seen', 'AsSeen', 'hold_back', 'ratios_for', 'keep_model', 'trained',
-           'base_of', 'tempered_walks', 'marked_walks']
+           'in_bf16', 'base_of', 'tempered_walks', 'marked_walks']
 
 # %% ../../nbs/engine/recipes.ipynb #ee50d707
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..models.batch_norm import readjusted_batch_norm
 from ..models.hierarchical import DenseHierarchy, hidden_for
 from ..models.nvae import NVAE, preset
 from ..models.ratios import ConvRatio, MLPRatio
-from ..models.speed import speed_up
+from ..models.speed import Autocast, speed_up
 from ..nce import RatioEstimator
 from ..prior import NoiseContrastivePrior
 from ..resampling import Sampler
@@ -154,6 +154,12 @@ def trained(folder: str | Path) -> tuple[NoiseContrastivePrior, dict]:
     return model, read_json(path / "params.json")["params"]
 
 # %% ../../nbs/engine/recipes.ipynb #7cc05182
+def in_bf16(ncp: NoiseContrastivePrior) -> NoiseContrastivePrior:
+    """The same prior with its ratios' layers under bfloat16 autocast (`Autocast`): to draw with.
+
+    Likelihoods and log Z are for the ratios as they were trained."""
+    return NoiseContrastivePrior(ncp.vae, [Autocast(ratio) for ratio in ncp.ratios], ncp.sampler)
+
 def base_of(folder: str | Path, **same) -> TopDownVAE:
     "The VAE that a finished run has stored; ValueError as `trained`, or if a parameter is not as in `same`."
     model, params = trained(folder)
