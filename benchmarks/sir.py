@@ -1,6 +1,6 @@
 """Sampling-importance-resampling with the paper's classifier: memory, time and arithmetic rate, all in one run.
 
-    python benchmarks/sir.py             # a few minutes; writes benchmarks/results/sir.json
+    python benchmarks/sir.py             # about twenty minutes; writes benchmarks/results/sir.json
     python benchmarks/sir.py --quick --out /some/file.json
 """
 import copy
@@ -24,9 +24,11 @@ from ncp_vae.walk import diagonal_normal                                        
 LATENT, CONTEXT = (20, 8, 8), (128, 8, 8)      # the smallest maps of a CelebA-64 model
 ROWS = 512                                     # rows in one call: a map of 64 channels then takes 8 MB
 FULL = {"width": 64, "narrow": 16, "proposals": [500, 5_000, 50_000], "rate_proposals": 512, "at_once": [128, 512, 2_048],
-        "images": 16, "steps": 60, "batch": 32, "matrix": 2_048, "repeats": 7, "compile": True, "compare_memory": True}
+        "images": 16, "steps": 60, "batch": 32, "matrix": 2_048, "repeats": 7, "compile": True, "compare_memory": True,
+        "rows": [1, 4, 16, 64], "row_proposals": [100, 1_000], "row_proposals_narrow": [10_000], "at_once_most": 40_000}
 QUICK = {"width": 8, "narrow": 4, "proposals": [64, 128, 256], "rate_proposals": 128, "at_once": [128],
-         "images": 2, "steps": 3, "batch": 8, "matrix": 256, "repeats": 1, "compile": False, "compare_memory": False}
+         "images": 2, "steps": 3, "batch": 8, "matrix": 256, "repeats": 1, "compile": False, "compare_memory": False,
+         "rows": [1, 3], "row_proposals": [64], "row_proposals_narrow": [128], "at_once_most": 200}
 
 
 def standard(rows):
@@ -73,10 +75,12 @@ def all_at_once(log_ratio, prior, proposals):
 
 
 def drawn(ratio, context, proposals, kind="streaming"):
-    "One draw for each row of the context. kind: streaming, at once, or one of them with the context expanded."
+    "One draw for each row of the context. kind: runs, in their chunks; streaming, at once, or one of them with the context expanded."
     prior = standard(len(context))
     with torch.no_grad():
         log_ratio = expanded(ratio, context) if kind.endswith("expanded") else ratio.condition(context)
+        if kind == "runs":
+            return SIR(proposals).draw(log_ratio, prior, torch.Generator().manual_seed(1))
         if kind.startswith("streaming"):
             return SIR(proposals, max(1, ROWS // len(context))).draw(log_ratio, prior, torch.Generator().manual_seed(1))
         return all_at_once(log_ratio, prior, proposals)
@@ -119,6 +123,21 @@ def time_at_once(ratio, settings):
     kinds = ("streaming", "streaming, expanded", "at once", "at once, expanded")
     return {str(m): common.compare({kind: lambda kind=kind: drawn(ratio, context, m, kind) for kind in kinds}, settings["repeats"])
             for m in settings["at_once"]}
+
+
+def time_in_rows(nets, settings):
+    """SIR in the chunks of the runs against expanding everything, for several rows and M.
+
+    nets: {name: (network, [M])}. Where all at once would take gigabytes, the expansion goes in chunks."""
+    found = {}
+    for name, (ratio, proposals) in nets.items():
+        for rows, m in [(rows, m) for m in proposals for rows in settings["rows"]]:
+            context = torch.randn(rows, *CONTEXT)
+            kind = "at once, expanded" if rows * m <= settings["at_once_most"] else "streaming, expanded"
+            times = common.compare({"SIR": lambda: drawn(ratio, context, m, "runs"), kind: lambda: drawn(ratio, context, m, kind)},
+                                   3 if rows * m <= 1_000 else 1)
+            found[f"{rows} rows, M = {m}, {name}"] = {**times, "SIR over it": times["SIR"]["cpu_s"] / times[kind]["cpu_s"]}
+    return found
 
 
 def variants(ratio, settings):
@@ -200,6 +219,8 @@ def targets(results, settings):
     return {f"peak memory at M = {many} over M = {few}, MB": common.target(growth, at_most=150),
             f"time a proposal at M = {many} over M = {middle}": common.target(per[many] / per[middle], at_most=1.1),
             "time of streaming over expanding all at once, largest": common.target(slowest, at_most=1.0),
+            "CPU time of SIR over expanding, for 1 to 64 rows, largest": common.target(
+                max(found["SIR over it"] for found in results["time_in_rows"].values()), at_most=1.0),
             f"float32 rate over a large matrix product's ({fast})": common.target(rates[fast]["of_matrix_product"], at_least=0.7),
             "bfloat16 over float32 speed, same switches": common.target(common.ratio(rates, fast, f"{fast}, bfloat16"), at_least=1.5),
             "TV of the weights under bfloat16, mean": common.target(max(found["tv_mean"] for found in half), at_most=0.02),
@@ -225,6 +246,9 @@ def main():
     results["at_once"] = time_at_once(networks["channels_last"], settings)
     narrow = speed_up(ConvRatio(LATENT, CONTEXT, settings["narrow"]).eval(), channels_last=True)
     results["time_in_proposals"] = time_in_proposals(narrow, settings)
+    results["time_in_rows"] = time_in_rows({
+        f"width {settings['width']}": (networks["channels_last"], settings["row_proposals"]),
+        f"width {settings['narrow']}": (narrow, settings["row_proposals_narrow"])}, settings)
     results["targets"] = targets(results, settings)
     common.write_json(args.out, results)
 

@@ -1,4 +1,4 @@
-"""A training step and SIR, of this version and of another one, in turns: did they become slower?
+"""A training step and SIR, of this version and of another one, in turns: did they become slower? And how many calls is a deep step?
 
     git worktree add /some/folder COMMIT
     python benchmarks/versions.py /some/folder       # about four minutes; writes benchmarks/results/versions.json
@@ -14,8 +14,8 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 HERE = Path(__file__).resolve().parent.parent
-FULL = {"turns": 5, "steps": 200, "repeats": 12, "samples": 100, "proposals": 200}
-QUICK = {"turns": 1, "steps": 3, "repeats": 1, "samples": 2, "proposals": 3}
+FULL = {"turns": 5, "steps": 200, "repeats": 12, "samples": 100, "proposals": 200, "preset": "celeba64-30", "parts": [1, 2, 8]}
+QUICK = {"turns": 1, "steps": 3, "repeats": 1, "samples": 2, "proposals": 3, "preset": "photos32", "parts": [1]}
 
 
 def measured(settings):
@@ -48,9 +48,56 @@ def measured(settings):
     return found
 
 
-def of(clone, settings):
-    "`measured` in a process that imports the package of a clone."
-    done = subprocess.run([sys.executable, __file__, "--measure", json.dumps(settings)], stdout=subprocess.PIPE, text=True,
+def counted(settings):
+    """Calls of torch's operations, views left out, in a step of each stage, by the number of parts of a batch; and graphs compiled.
+
+    Of the preset's depth, with few channels: how many calls there are does not depend on their sizes, and neither on the device, but
+    for what that device fuses."""
+    import copy
+    from dataclasses import replace
+
+    import torch
+    from torch._dynamo.testing import CompileCounter
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ncp_vae.engine.train import Machine, fit_ncp, fit_vae
+    from ncp_vae.models.nvae import NVAE, preset
+    from ncp_vae.models.ratios import ConvRatio
+
+    class Calls(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.number += not func.is_view
+            return func(*args, **(kwargs or {}))
+    torch.manual_seed(0)
+    config = replace(preset(settings["preset"]).config, channels=4, latent_channels=2)
+    model, images = NVAE(config), torch.rand(2 * max(settings["parts"]), *config.image_shape)
+    ratios = [ConvRatio(z, c, 4) for z, c in zip(model.latent_shapes, model.context_shapes)]
+    how = {"batch_size": len(images), "lr": 1e-5, "seed": 0}
+    trainings = {
+        "vae": lambda steps, **machine: fit_vae(copy.deepcopy(model), images, steps=steps, kl_warmup=1, kl_balance=True, spectral=0.1,
+                                                machine=Machine(**machine), **how),
+        "ncp": lambda steps, **machine: fit_ncp(copy.deepcopy(model), images, ratios=copy.deepcopy(ratios), steps=steps,
+                                                machine=Machine(**machine), **how)}
+
+    def calls(stage, steps, parts):
+        with Calls() as counting:
+            trainings[stage](steps, parts=parts)
+        return counting.number
+    found = {f"{stage}, {parts} parts": calls(stage, 3, parts) - calls(stage, 2, parts)
+             for stage in trainings for parts in settings["parts"]}
+    for stage, training in trainings.items():
+        counter = CompileCounter()
+        torch.nn.Module.compile = lambda self, c=counter: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=c))
+        training(1, compile=True)
+        found[f"{stage}, graphs"] = counter.frame_count
+    return found
+
+
+def of(clone, settings, what="--measure"):
+    "`measured`, or `counted`, in a process that imports the package of a clone."
+    done = subprocess.run([sys.executable, __file__, what, json.dumps(settings)], stdout=subprocess.PIPE, text=True,
                           check=True, cwd=clone, env={**os.environ, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"})
     return json.loads(done.stdout.strip().split("\n")[-1])
 
@@ -67,14 +114,15 @@ def main():
               for name, clone in clones.items()}
     times = {name: {key: median(turn[name][key] for turn in turns) for key in turns[0][name]} for name in clones}
     ratios = {key: median(turn["this"][key] / turn["other"][key] for turn in turns) for key in times["this"]}
+    counts = {name: of(clone, settings, "--count") for name, clone in clones.items()}
     targets = {f"{key} over the other version's": common.target(value, at_most=1.05) for key, value in ratios.items()}
     common.write_json(args.out, {"benchmark": "versions", "quick": args.quick, "machine": common.machine(), "settings": settings,
-                                 "commit": commit, "median_cpu": times, "this_over_other": ratios, "turns": turns,
+                                 "commit": commit, "counts": counts, "median_cpu": times, "this_over_other": ratios, "turns": turns,
                                  "targets": targets})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measured(json.loads(sys.argv[2]))))
+    if sys.argv[1:2] in (["--measure"], ["--count"]):
+        print(json.dumps({"--measure": measured, "--count": counted}[sys.argv[1]](json.loads(sys.argv[2]))))
     else:
         main()
