@@ -26,7 +26,7 @@ BUCKET = 25e6       # bytes of gradients that PyTorch sends at once
 
 @dataclass(frozen=True)
 class Cluster:
-    "Nodes of GPUs. Each sends so many GB/s inside its node and so many between nodes; seconds of an exchange."
+    "Nodes of GPUs. Each sends so many GB/s inside its node and between nodes; seconds of an exchange."
     device: Device
     node: int
     inside: float
