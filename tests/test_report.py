@@ -584,6 +584,12 @@ def test_every_claim_is_about_items_numbers_and_runs_that_there_are():
         assert run.experiment in paper.NOTEBOOKS and "{" not in report._about(run, "model") + report._about(run, "against")
 
 
+def test_a_bound_is_no_prior():
+    "`gain_bound_ncp` is a second gain of the prior `ncp`, in a column of its own, and not the gain of a prior `bound_ncp`."
+    metrics = dict.fromkeys(["nll_base", "nll_ncp", "gain_ncp", "nll_bound_ncp", "gain_bound_ncp", "gain_bounded"])
+    assert report._priors_of([SimpleNamespace(experiment="priors", metrics=metrics)]) == ["base", "ncp", "bounded"]
+
+
 def test_no_number_of_the_file_is_remembered():
     for name, version in (("paper", "ICLR 2021"), ("realnvp", "ICLR 2020"), ("joint_ebm", "supplementary material")):
         text = (ROOT / "ncp_vae" / "engine" / f"{name}.json").read_text(encoding="utf-8")

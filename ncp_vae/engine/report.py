@@ -255,7 +255,9 @@ def _priors_of(family: list) -> list[str]:
     "The base, the names under which a comparison recorded a gain over it, and other named ones."
     how, metrics = _how_compared(family), family[0].metrics
     gain = f"{how['likelihood']}_"
-    gained = [name.removeprefix(gain) for name in metrics if name.startswith(gain)]
+    others = tuple(f"{column}_" for column in how["columns"] if column.startswith(gain))      # gain_bound_
+    gained = [name.removeprefix(gain) for name in metrics
+              if name.startswith(gain) and not name.startswith(others)]
     return [name for name in dict.fromkeys(["base", *gained, *how["priors"]])
             if any(f"{column}_{name}" in metrics for column in how["columns"])]
 
