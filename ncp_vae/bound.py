@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .walk import Step, TopDownVAE, Trace, check_trace, from_posterior, scoring, seeded
+from .walk import Step, TopDownVAE, Trace, check_trace, encoded, from_posterior, scoring, seeded
 
 # %% ../nbs/theory/02_bound.ipynb #ea003d05
 class Elbo(NamedTuple):
@@ -64,9 +64,10 @@ def elbo(vae: TopDownVAE, x: Tensor, generator: torch.Generator | None = None) -
     Without gradients the VAE is taken in eval mode (see `scoring`).
 
     Raises ValueError where a shape of the walk is not what `vae` declares, or x is not what
-    p(x | z) can produce."""
+    p(x | z) can produce, and what `encoded` raises."""
     with scoring(vae):
-        trace = vae.walk(from_posterior(generator), evidence=vae.encode(x))
+        evidence = encoded(vae, x)
+        trace = vae.walk(from_posterior(generator), evidence=evidence)
     return elbo_of(vae, trace, x)
 
 # %% ../nbs/theory/02_bound.ipynb #ba914127
@@ -84,7 +85,7 @@ def paired_iwae(vae: TopDownVAE, x: Tensor, num_samples: int,
         raise ValueError(f"iwae: num_samples must be at least 1, got {num_samples}")
     total = None
     with scoring(vae), seeded(generator):
-        evidence = vae.encode(x)
+        evidence = encoded(vae, x)
         for _ in range(num_samples):
             trace = vae.walk(from_posterior(), evidence=evidence)
             if total is None:

@@ -27,7 +27,12 @@ class State(NamedTuple):
     gradient: Tensor      # [B, *event], of log_target: -grad E
 
 def evaluate(log_ratio: Callable[[Tensor], Tensor], prior: Distribution, z: Tensor) -> State:
-    "The state at z: [B, *event]. A NaN coordinate counts as infinite: a place of no density."
+    """The state at z: [B, *event]. A NaN coordinate counts as infinite: a place of no density.
+
+    ValueError under `torch.inference_mode`, where there are no gradients."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("a chain needs gradients, and torch.inference_mode has none: sample under "
+                         "torch.no_grad() instead")
     with torch.enable_grad():                      # a sampler may be called under no_grad
         z = z.detach().nan_to_num(nan=inf, posinf=inf, neginf=-inf).requires_grad_()
         log_target = log_ratio_at(log_ratio, z, prior) + prior.log_prob(z)

@@ -19,8 +19,8 @@ from .measured import Measured, mean_of
 from .prior import PIECE, Estimate, estimate_log_mean, of_its_own
 from .resampling import (SIR, Reweighted, Sampler, effective_sample_size, log_ratio_at,
                                 one_a_group, positive_int, proposals_of)
-from .walk import (Step, TopDownVAE, Trace, diagonal_normal, from_posterior, replay, seeded,
-                          tempered)
+from .walk import (Step, TopDownVAE, Trace, diagonal_normal, encoded, evaluating, from_posterior,
+                          replay, seeded, tempered)
 
 # %% ../nbs/theory/09_hierarchy.ipynb #ec158331
 class _WalkEnded(Exception):
@@ -57,7 +57,7 @@ def law_gap(ncp: Reweighted, num_samples: int, proposals: int | Sequence[int],
         found = sampler.for_group(step.index).resample(log_ratio, step.prior, own)
         parts[-1] = parts[-1] + found.log_mean_ratio.double()
         return found.z if step.index + 1 < len(ncp.ratios) else None
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(ncp.vae):
         for start in range(0, num_samples, PIECE):
             parts.append(0.0)
             descend(ncp.vae, choose, min(PIECE, num_samples - start))
@@ -131,7 +131,7 @@ def _run_population(sampler: "SMC", ncp: Reweighted, n: int, temperature: float,
             return end.z
         particles.resample()                       # and leave
     trace = None
-    with torch.no_grad(), seeded(generator):
+    with torch.no_grad(), evaluating(ncp.vae), seeded(generator):
         while trace is None:                       # after a resampling: again, from the top
             trace = descend(ncp.vae, choose, n)
     return Population(trace, particles.log_z, particles.ess, torch.stack(particles.lines))
@@ -297,7 +297,7 @@ class JointLangevin(Langevin):
         return _from_noise(prior, self.evolve(at, start, generator).z)
 
     def sample(self, ncp, n, temperature=1.0, generator=None):
-        with seeded(generator):
+        with evaluating(ncp.vae), seeded(generator):
             walk = NoiseWalk(ncp, n, temperature)
             start = prior_noise(walk)
             return walk.trace(self.evolve(walk.log_ratio, walk.base, start=start).z)
@@ -341,9 +341,9 @@ def proposal_budget(ncp: Reweighted, max_proposals: int, target_ess: float,
     if not 1 <= target_ess <= max_proposals:
         raise ValueError("proposal_budget: target_ess must lie between 1 and max_proposals, "
                          f"{max_proposals}, got {target_ess}")
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(ncp.vae):
         batches = ([dict(n=_PILOT)] if images is None
-                   else [dict(evidence=ncp.vae.encode(x)) for x in images.split(PIECE)])
+                   else [dict(evidence=encoded(ncp.vae, x)) for x in images.split(PIECE)])
         groups = zip(*(_excess_of(ncp, pilot, own, **batch) for batch in batches))
         needed = [target_ess * torch.cat(group).mean().item() for group in groups]
     return [min(max_proposals, ceil(need)) for need in needed]

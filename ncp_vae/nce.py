@@ -7,6 +7,7 @@ __all__ = ['nce_loss', 'jsd_from_loss', 'log_mean_ratio', 'Calibration', 'calibr
            'RatioEstimator', 'StagedRatio']
 
 # %% ../nbs/theory/04_nce.ipynb #e0cf1034
+import warnings
 from dataclasses import dataclass
 from math import hypot, log, pi
 from typing import Callable, Sequence
@@ -160,6 +161,28 @@ class RatioEstimator(nn.Module):
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         "log r(z, c): [B], the same as condition(context)(z)."
         return self.condition(context)(z)
+
+# %% ../nbs/theory/04_nce.ipynb #sigm1002
+_RESHAPES = ("Squeeze", "View", "UnsafeView", "ReshapeAlias", "Select", "Slice", "Unbind", "Expand", "ToCopy")
+
+def check_logit(log_r: Tensor) -> Tensor:
+    "log_r as it is; ValueError where it has a gradient, and that is the one of a sigmoid's output."
+    made_by = log_r.grad_fn
+    while made_by is not None and type(made_by).__name__.startswith(_RESHAPES):
+        made_by = made_by.next_functions[0][0]
+    if type(made_by).__name__.startswith("Sigmoid"):
+        raise ValueError("a ratio ends in a sigmoid, whose output is never below 0 or above 1: log r is the "
+                         "logit before it, so take the sigmoid away")
+    return log_r
+
+# %% ../nbs/theory/04_nce.ipynb #sigm1005
+def warn_of_sigmoid(log_r: Tensor, groups: int = 1) -> None:
+    "A warning where log r at draws of p, [n], the sum over groups, looks like the output of sigmoids."
+    low, high = (log_r.detach() / groups).aminmax()
+    if len(log_r) >= 100 and 0 < low and 0.5 < high <= 1:
+        warnings.warn(f"log r is between {low.item():.3g} and {high.item():.3g} a group at all {len(log_r)} "
+                      "draws of the prior, like the output of a sigmoid: log r is the logit before it, and "
+                      "below 0 at most draws", stacklevel=5)
 
 # %% ../nbs/theory/04_nce.ipynb #9a0e3a8f
 class StagedRatio(RatioEstimator):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from .measured import Measured
-from .nce import RatioEstimator
-from .resampling import (SIR, Sampler, check_log_weights, effective_sample_size,
+from .nce import RatioEstimator, warn_of_sigmoid
+from .resampling import (SIR, Sampler, check_log_weights, check_sampler, effective_sample_size,
                                 k_hat_threshold, one_a_group, pareto_k_hat, proposals_of)
-from .walk import Step, TopDownVAE, Trace, evaluating, from_prior, replay, scoring, seeded
+from .walk import (Step, TopDownVAE, Trace, check_vae, evaluating, from_prior, replay, scoring,
+                          seeded)
 
 # %% ../nbs/theory/08_prior.ipynb #acebb686
 @dataclass(frozen=True)
@@ -115,21 +116,35 @@ def _log_ratios_at(prior: "ReweightedPrior", zs: list[Tensor], contexts: list) -
     with scoring(prior):
         return [_one_a_row(ratio(z, context), z, shape) for ratio, z, context, shape in groups]
 
+# %% ../nbs/theory/08_prior.ipynb #prig0001
+def _check_ratios(vae: TopDownVAE, ratios: Sequence[RatioEstimator]) -> Sequence[RatioEstimator]:
+    "ratios as they are; TypeError where they are no list of `RatioEstimator`s, ValueError by their number."
+    what = "ratios must be a list of RatioEstimators, one a group"
+    if not isinstance(ratios, (Sequence, nn.ModuleList)):
+        raise TypeError(f"{what}; got a {type(ratios).__name__}")
+    wrong = [type(ratio).__name__ for ratio in ratios if not isinstance(ratio, RatioEstimator)]
+    if wrong:
+        raise TypeError(f"{what}; got a {wrong[0]} in it: MLPRatio is one, and a subclass of RatioEstimator "
+                        "that returns your network from condition(context)")
+    if len(ratios) != len(check_vae(vae).latent_shapes):
+        raise ValueError(f"{len(ratios)} ratios for a VAE of {len(vae.latent_shapes)} latent "
+                         "groups: give one a group")
+    return ratios
+
 # %% ../nbs/theory/08_prior.ipynb #243f9200
 class ReweightedPrior(nn.Module):
     """r(z) p(z), not normalised: log r(z) = sum_k log r_k(z_k, c(z_<k)) (section 3.4).
 
     vae: a trained `TopDownVAE`, put in eval mode. ratios: one `RatioEstimator` for each group. sampler: draws
-    where no other is named. `latents`: K tensors [B, *latent_shapes[k]], or a walk; else ValueError."""
+    where no other is named. `latents`: K tensors [B, *latent_shapes[k]], or a walk; else ValueError.
+    TypeError where one of the three is something else."""
 
     def __init__(self, vae: TopDownVAE, ratios: Sequence[RatioEstimator], sampler: Sampler = SIR(500)):
         super().__init__()
-        if len(ratios) != len(vae.latent_shapes):
-            raise ValueError(f"{len(ratios)} ratios for a VAE of {len(vae.latent_shapes)} latent "
-                             "groups: give one a group")
+        ratios = _check_ratios(vae, ratios)
         self.vae = vae.eval()
         self.ratios = nn.ModuleList(ratios)
-        self.sampler = sampler
+        self.sampler = check_sampler(sampler)
 
     def log_ratios(self, latents: list[Tensor] | Trace) -> list[Tensor]:
         "log r_k(z_k, c(z_<k)) of each group: K tensors [B], nats."
@@ -153,8 +168,9 @@ class ReweightedPrior(nn.Module):
 
     def sample(self, n: int, sampler: Sampler | None = None, temperature=1.0, generator=None) -> Trace:
         "n finished walks; `.likelihood.mean` are the images. Which law: see the sampler; None: its own."
+        sampler = self.sampler if sampler is None else check_sampler(sampler)
         with evaluating(self):
-            return (sampler or self.sampler).sample(self, n, temperature, generator)
+            return sampler.sample(self, n, temperature, generator)
 
 # %% ../nbs/theory/08_prior.ipynb #71beb943
 class Partition(Protocol):
@@ -172,6 +188,48 @@ def _warn_of_tail(estimate: Estimate) -> Estimate:
                       "method (SMC, AIS, Bridge) or a ratio that is less sure", stacklevel=3)
     return estimate
 
+# %% ../nbs/theory/08_prior.ipynb #prig0002
+def _sample_of(ratios: nn.ModuleList, log_z: Tensor) -> Tensor:
+    "log Z, and a few numbers of the first and the last weight of each ratio, which training changes."
+    weights = [[*ratio.parameters()] for ratio in ratios]
+    ends = [each for of_ratio in weights for each in of_ratio[:1] + of_ratio[-1:]]
+    rows = [each.detach()[:1].flatten()[:16] if each.dim() else each.detach()[None] for each in ends]
+    return torch.cat([log_z[None], *(row.to(log_z) for row in rows)])
+
+def _drop_if_stale(ncp: "NoiseContrastivePrior") -> None:
+    "NaN in the place of a log Z whose ratios have changed since it was written. No GPU is waited for."
+    with torch.inference_mode(False), torch.no_grad():
+        now = _sample_of(ncp.ratios, ncp.log_z)
+        if ncp.seen.shape == now.shape:
+            stale = (ncp.seen[0] == now[0]) & (ncp.seen[1:] != now[1:]).any()
+            ncp.log_z = torch.where(stale, nan, ncp.log_z)
+            ncp.log_z_std_error = torch.where(stale, inf, ncp.log_z_std_error)
+            now[0] = ncp.log_z
+        ncp.seen = now
+
+# %% ../nbs/theory/08_prior.ipynb #prig0003
+def _keep(ncp: "NoiseContrastivePrior", estimate: Estimate) -> Estimate:
+    "The estimate as it is, after log Z, its error and of which ratios they are were written into the module."
+    with torch.inference_mode(False), torch.no_grad():
+        ncp.log_z = torch.full_like(ncp.log_z, estimate.value)
+        ncp.log_z_std_error = torch.full_like(ncp.log_z_std_error, estimate.std_error)
+        ncp.seen = _sample_of(ncp.ratios, ncp.log_z)
+    return estimate
+
+def _estimated(ncp: ReweightedPrior, num_samples: int, generator: torch.Generator | None,
+               method: Partition | None) -> Estimate:
+    """By the method; None: the log of the mean of r over draws of the base prior, with a warning where r
+    looks like a sigmoid's output. ValueError where num_samples < 2, TypeError where the method is none."""
+    if num_samples < 2:
+        raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")
+    if method is None:
+        log_r = ncp.log_weights(num_samples, generator)
+        warn_of_sigmoid(log_r, len(ncp.ratios))
+        return estimate_log_mean(log_r)
+    if not hasattr(method, "log_partition"):
+        raise TypeError(f"log_partition: a method is an object like SMC(100) or AIS(50, 0.1), got {method!r}")
+    return method.log_partition(ncp, num_samples, generator)
+
 # %% ../nbs/theory/08_prior.ipynb #80472c9d
 class NoiseContrastivePrior(ReweightedPrior):
     "p_NCP(z) = r(z) p(z) / Z (section 3). Only a density needs Z: call `log_partition` before."
@@ -180,6 +238,7 @@ class NoiseContrastivePrior(ReweightedPrior):
         super().__init__(vae, ratios, sampler)
         self.register_buffer("log_z", torch.tensor(nan))                # of the last log_partition
         self.register_buffer("log_z_std_error", torch.tensor(inf))
+        self.register_buffer("seen", torch.empty(0), persistent=False)  # see `_drop_if_stale`
 
     def log_partition(self, num_samples: int, generator: torch.Generator | None = None,
                       method: Partition | None = None) -> Estimate:
@@ -187,21 +246,20 @@ class NoiseContrastivePrior(ReweightedPrior):
 
         method None: the mean of r over draws of the base prior. A k_hat that is too large warns.
         ValueError where num_samples < 2, a log ratio is NaN or +inf, or all weights are zero."""
-        if num_samples < 2:
-            raise ValueError(f"log_partition: num_samples must be at least 2, got {num_samples}")
         with evaluating(self):
-            estimate = (estimate_log_mean(self.log_weights(num_samples, generator))
-                        if method is None
-                        else method.log_partition(self, num_samples, generator))
-        self.log_z.fill_(estimate.value)
-        self.log_z_std_error.fill_(estimate.std_error)
-        return _warn_of_tail(estimate)
+            estimate = _estimated(self, num_samples, generator, method)
+        return _warn_of_tail(_keep(self, estimate))
 
     def normalised_log_ratio(self, latents: list[Tensor] | Trace) -> Tensor:
         "log r(z) - log Z: [B], nats. As `log_ratio` of `iwae`: an estimate of log p_NCP(x)."
-        if torch.isnan(self.log_z):
-            raise ValueError("log Z is not known yet: call log_partition(num_samples) first")
+        if torch.isnan(self.known_log_z()):
+            raise ValueError("log Z is not known, or of other ratios: call log_partition(num_samples) first")
         return self.log_ratio(latents) - self.log_z
+
+    def known_log_z(self) -> Tensor:
+        "log Z as `log_partition` left it, []; NaN before that, and where a ratio has changed since."
+        _drop_if_stale(self)
+        return self.log_z
 
     def log_prob(self, latents: list[Tensor] | Trace) -> Tensor:
         "log p(z) + log r(z) - log Z: [B], nats; an estimate, with the standard error of log Z."

@@ -153,7 +153,7 @@ def lars_density_ratio(ncp: NoiseContrastivePrior, truncation: int = 100) -> Cal
     if len(ncp.ratios) > 1:
         raise ValueError(f"lars_density_ratio: {len(ncp.ratios)} groups; below the first one Z is another "
                          "number for each z_<k. LARS draws from a hierarchy; its density is for one group")
-    if not ncp.log_z <= 0:
+    if not ncp.known_log_z() <= 0:
         raise ValueError("lars_density_ratio: log Z of an acceptance is at most 0, got "
                          f"{ncp.log_z.item():.3g}: call log_partition(num_samples) first")
     return lambda latents: log_lars_weight(check_acceptance(ncp.log_ratio(latents)), ncp.log_z, truncation)

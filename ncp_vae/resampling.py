@@ -6,6 +6,7 @@
 __all__ = ['Sampler', 'Resampled', 'SIR', 'effective_sample_size', 'pareto_k_hat', 'k_hat_threshold']
 
 # %% ../nbs/theory/05_resampling.ipynb #9ff7e5c8
+import warnings
 from dataclasses import dataclass
 from functools import reduce
 from math import inf, log, log10
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .nce import RatioEstimator
-from .walk import TopDownVAE, Trace, seeded, tempered
+from .nce import RatioEstimator, check_logit
+from .walk import TopDownVAE, Trace, evaluating, seeded, tempered
 
 # %% ../nbs/theory/05_resampling.ipynb #a684f565
 def log_ratio_at(log_ratio: Callable[[Tensor], Tensor], z: Tensor, prior: Distribution) -> Tensor:
     """log r(z): [..., B], nats, in float32 or better. z: [..., B, *event]; prior: batch [B].
 
-    Raises ValueError where log_ratio returns another shape, or the prior's batch is not [B]."""
-    log_r = log_ratio(z)
+    Raises ValueError where log_ratio returns another shape or the output of a sigmoid, or the prior's batch
+    is not [B]."""
+    log_r = check_logit(log_ratio(z))
     expected = z.shape[:z.dim() - len(prior.event_shape)]
     if log_r.shape != expected or len(prior.batch_shape) != 1:
         raise ValueError(
@@ -114,7 +116,7 @@ class Sampler:
             log_ratio = ncp.ratios[step.index].condition(step.context)
             sampler = self.for_group(step.index)
             return sampler.draw(log_ratio, tempered(step.prior, temperature), generator)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(ncp.vae):
             return ncp.vae.walk(choose, n=n)
 
     def density_ratio(self, ncp: Reweighted) -> Callable:
@@ -122,6 +124,13 @@ class Sampler:
 
         Here r / Z, after `log_partition`; a sampler of another law has its own."""
         return ncp.normalised_log_ratio
+
+# %% ../nbs/theory/05_resampling.ipynb #samp1001
+def check_sampler(sampler: Sampler) -> Sampler:
+    "sampler as it is; TypeError where it is none."
+    if isinstance(sampler, Sampler):
+        return sampler
+    raise TypeError(f"a sampler must be an object like SIR(500) or HMC(100), got {sampler!r}")
 
 # %% ../nbs/theory/05_resampling.ipynb #1e828d95
 def positive_int(what: str, value: int) -> int:
@@ -151,15 +160,46 @@ class Resampled:
     log_mean_ratio: Tensor  # [B], log (1/M) sum_m r(z_m): an estimate of log Z, in nats
     ess: Tensor             # [B], effective sample size of the M weights
 
+# %% ../nbs/theory/05_resampling.ipynb #weigh001
+def _tried(log_ratio, part: Tensor, prior: Distribution) -> Tensor | None:
+    "log r of proposals [m, B, *event]; None where there is no memory for them, and they can be split."
+    try:
+        return log_ratio_at(log_ratio, part, prior)
+    except torch.OutOfMemoryError:
+        if len(part) == 1:
+            raise
+
+class _Weigher:
+    "log w of proposals, `chunk` of them at a time, fewer once memory has run out: [m, B, *event] -> [m, B]."
+
+    def __init__(self, log_ratio, prior: Distribution, chunk: int | None):
+        self.log_ratio = log_ratio
+        self.prior = prior
+        self.at_once = chunk
+
+    def __call__(self, z: Tensor) -> Tensor:
+        asked = self.at_once = self.at_once or default_chunk(self.prior, z.device)
+        parts, left = [], z
+        while len(left):
+            part = left[:self.at_once]
+            found = _tried(self.log_ratio, part, self.prior)
+            if found is None:                    # by now its memory is free again
+                self.at_once = len(part) // 2
+                continue
+            parts.append(found)
+            left = left[len(part):]
+        if self.at_once < asked:
+            warnings.warn(f"out of memory with {asked} proposals for each of {z.shape[1]} rows at once: goes "
+                          f"on with {self.at_once}, and the draws are the same. SIR(..., chunk="
+                          f"{self.at_once}) saves the attempts", stacklevel=4)
+        return check_log_weights(torch.cat(parts))
+
 # %% ../nbs/theory/05_resampling.ipynb #ff9271fb
 def _run_race(log_ratio, prior: Distribution, proposals: int, chunk: int | None, generator) -> Race:
     """One streaming pass over M proposals. A row whose weights are all zero has log_sum -inf.
 
     chunk None: see `default_chunk`."""
-    def weigh(z):
-        at_once = chunk or default_chunk(prior, z.device)
-        parts = [log_ratio_at(log_ratio, part, prior) for part in z.split(at_once)]
-        return check_log_weights(torch.cat(parts))
+    weigh = _Weigher(log_ratio, prior, chunk)
     with torch.no_grad(), seeded(generator):
         chunks = _propose(prior, proposals, chunk)
         return reduce(merge, (race(z, weigh(z), gumbel) for z, gumbel in chunks))
@@ -169,7 +209,8 @@ class SIR(Sampler):
     """Sampling-importance-resampling (section 3.3): of M draws of the prior keep one, odds r(z).
 
     proposals: M, one int, or one for each group. chunk: at most so many are evaluated at once
-    (memory grows with it, not with M); None: 65,536, or fewer large ones, fewer on a CPU. Raises
+    (memory grows with it, not with M); None: 65,536, or fewer large ones, fewer on a CPU. Where they do
+    not fit it is halved, with a warning. Raises
     ValueError where M or chunk is less than 1, a log ratio is NaN or +inf, or every weight of a row
     is zero."""
 

@@ -9,6 +9,7 @@ __all__ = ['Step', 'Trace', 'TopDownVAE', 'diagonal_normal', 'FlatVAE', 'from_pr
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Callable, Sequence
 
 import torch
@@ -24,6 +25,10 @@ class Step:
     prior: Distribution               # p(z_k | z_<k): batch [B], event latent_shapes[k]
     posterior: Distribution | None    # q(z_k | z_<k, x): the same shapes, None without evidence
 
+    def __post_init__(self):
+        check_law("prior", self.prior)
+        check_law("posterior", self.posterior)
+
 # %% ../nbs/theory/01_walk.ipynb #8ae78721
 @dataclass
 class Trace:
@@ -31,6 +36,9 @@ class Trace:
     latents: list[Tensor]             # z_1..z_K, each [B, *latent_shapes[k]]
     steps: list[Step]                 # the K steps as they were met
     likelihood: Distribution          # p(x | z): batch [B], event image shape
+
+    def __post_init__(self):
+        check_law("likelihood", self.likelihood)
 
     def log_prior(self) -> Tensor:
         "log p(z) = sum_k log p(z_k | z_<k): [B], nats."
@@ -80,6 +88,24 @@ def rows(n: int | None, evidence_rows: int | None) -> int:
         raise ValueError(f"walk: n must be at least 1, got {n}")
     return n
 
+# %% ../nbs/theory/01_walk.ipynb #guard101
+_INSTEAD = dict(prior="diagonal_normal(loc, scale)", posterior="diagonal_normal(loc, scale)",
+                likelihood="normal(mean, sigma) or bernoulli(logits)")
+
+def check_law(what: str, law: Distribution | None) -> Distribution | None:
+    "law as it is; TypeError where it is no Distribution. None: there is none."
+    if law is None or isinstance(law, Distribution):
+        return law
+    raise TypeError(f"the {what} must be a Distribution of torch with one row an image, got a "
+                    f"{type(law).__name__}: return one, like {_INSTEAD[what]} of this library")
+
+def check_vae(vae: "TopDownVAE") -> "TopDownVAE":
+    "vae as it is; TypeError where it is no `TopDownVAE`."
+    if isinstance(vae, TopDownVAE):
+        return vae
+    raise TypeError(f"a VAE must be a TopDownVAE, got a {type(vae).__name__}: subclass FlatVAE, which "
+                    "needs a posterior and a likelihood, or take an adapter of ncp_vae.models.adapters")
+
 # %% ../nbs/theory/01_walk.ipynb #e4f7a7aa
 def at_least_float32(x: Tensor) -> Tensor:
     "x in float32 or better, whatever an autocast made of it: densities need the digits."
@@ -123,7 +149,8 @@ class FlatVAE(TopDownVAE):
     def walk(self, choose: Chooser, *, n: int | None = None,
              evidence: Distribution | None = None) -> Trace:
         "One step, then the likelihood. Give `n` rows or `evidence`, not both."
-        n = rows(n, None if evidence is None else evidence.batch_shape[0])
+        known = check_law("posterior", evidence)
+        n = rows(n, None if known is None else known.batch_shape[0])
         step = Step(0, None, self.prior(n), evidence)
         z = choose(step)
         return Trace([z], [step], self.likelihood(z))
@@ -137,7 +164,9 @@ def tempered(distribution: Distribution, temperature: float) -> Distribution:
     """The same Normal with its standard deviation times `temperature`.
 
     At 1.0 any distribution, unchanged. ValueError where the temperature is not positive;
-    TypeError where the distribution is not a Normal."""
+    TypeError where it is no number, or the distribution is not a Normal."""
+    if not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
     if temperature == 1.0:
         return distribution
     if not temperature > 0:
@@ -237,7 +266,7 @@ class WithPriors(TopDownVAE):
 
     def __init__(self, vae: TopDownVAE, laws: Sequence[nn.Module | None]):
         super().__init__()
-        if len(laws) != len(vae.latent_shapes):
+        if len(laws) != len(check_vae(vae).latent_shapes):
             raise ValueError(f"{len(laws)} laws for a VAE of {len(vae.latent_shapes)} latent "
                              "groups: give one a group, or None for its own prior")
         self.latent_shapes = vae.latent_shapes
@@ -284,6 +313,26 @@ def check_step(vae: TopDownVAE, step: Step, n: int) -> Step:
         raise ValueError(f"the context of group {step.index} has shape {found}, "
                          f"expected {expected}")
     return step
+
+# %% ../nbs/theory/01_walk.ipynb #guard103
+def encoded(vae: TopDownVAE, x: Tensor) -> Any:
+    """vae.encode(x), x: [B, *image].
+
+    TypeError where vae is no `TopDownVAE`, or x no Tensor. ValueError where the encoder cannot take the
+    type or the range of x."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images must be a Tensor [B, *image], got a {type(x).__name__}")
+    try:
+        return check_vae(vae).encode(x)
+    except (RuntimeError, ValueError) as error:
+        types = {weight.dtype for weight in vae.parameters()}
+        if types and x.dtype not in types:
+            raise ValueError(f"the VAE cannot encode images of {x.dtype}, its weights are {types.pop()}: "
+                             "convert the one or the other") from error
+        if str(error).startswith("Expected parameter"):          # of a Distribution that torch has checked
+            raise ValueError(f"the posterior of images in [{x.min():.3g}, {x.max():.3g}] is not finite: "
+                             "bring them to the range that the VAE is made for, mostly [0, 1]") from error
+        raise
 
 # %% ../nbs/theory/01_walk.ipynb #18b791a8
 def check_trace(vae: TopDownVAE, trace: Trace, n: int) -> Trace:

@@ -199,7 +199,7 @@ class Stop(Exception):
 
 
 class Data(torch.utils.data.Dataset):
-    "64 points, whose reading fails at the given time; the first time is the fingerprint's."
+    "64 points, whose reading fails at the given time; the first two are for the images that are tried out and the fingerprint."
     def __init__(self, fails=None):
         self.reads, self.fails = 0, fails
 
@@ -223,7 +223,7 @@ def test_a_persistent_training_resumes_to_the_bit(tmp_path):
                        lr=1e-2, seed=3, checkpoint=checkpoint).ratios.state_dict()
     straight = run(Data(), None)
     with pytest.raises(Stop):
-        run(Data(fails=5), path)
+        run(Data(fails=6), path)
     saved = checkpoint.load(path)
     assert saved["step"] == 3 and saved["loss"]["draws.here"].abs().max() > 0
     saved["loss"]["draws.here"].zero_()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
+from ncp_vae.engine import cli
 from ncp_vae.engine import experiment as ex
 from ncp_vae.engine import parameters as pa
 from ncp_vae.measured import Measured
@@ -203,6 +204,50 @@ def test_resume_refuses_what_has_changed(clone):
     with pytest.raises(ValueError, match="a run of other, not of toy"):
         ex.resume_run(other, toy)
     assert ex.state_of(folder) == "interrupted" and not list(folder.glob("*.1.*"))
+
+
+def attempts(folder, monkeypatch, *commits):
+    "Attempts at a run that were made with these commits and did not succeed; then the code is at the last of them."
+    for commit in commits[:-1]:
+        if (folder / "environment.json").exists():
+            ex.resume_run(folder, pa.find_experiment("toy"))
+        monkeypatch.setattr(ex, "_commit", lambda: commit)
+        ex.Run(folder)
+        ex.end(folder, "interrupted")
+    monkeypatch.setattr(ex, "_commit", lambda: commits[-1])
+
+
+@pytest.mark.parametrize("commits, words", [
+    (["a" * 40, "b" * 40], "the code has changed since the last attempt: commit aaaaaaa -> bbbbbbb"),
+    (["a" * 40, "a" * 40 + "-dirty"], "the code has changed since the last attempt: commit aaaaaaa -> aaaaaaa-dirty"),
+    (["a" * 40, "b" * 40, "a" * 40], "the code has changed since the last attempt: commit bbbbbbb -> aaaaaaa"),
+    (["wheel 1.0", "wheel 1.1"], "the code has changed since the last attempt: commit wheel 1.0 -> wheel 1.1"),
+    (["a" * 40 + "-dirty"] * 2, "the code may have changed since the last attempt: both had uncommitted changes, aaaaaaa-dirty -> aaaaaaa-dirty"),
+    (["b" * 40, "a" * 40, "a" * 40], ""), (["a" * 40], "")])
+def test_other_code_is_named_before_it_goes_on(clone, monkeypatch, capsys, commits, words):
+    "By the command, in a line before all others; in silence where the code is the same."
+    folder = ex.new_run(None, "toy", "smoke", pa.params_for(pa.find_experiment("toy")))
+    attempts(folder, monkeypatch, *commits)
+    if len(commits) == 1:
+        ex.end(folder, "failed", "before its first cell")
+    monkeypatch.setattr(cli, "_Watch", lambda *_: None)
+    monkeypatch.setattr(cli, "_attempt", lambda *_: 0)
+    assert cli.main(["run", "toy", "--resume", str(folder)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (words or "toy with seed=0 steps=3") and sum(line.startswith("the code") for line in said) == bool(words)
+
+
+def test_every_commit_is_in_the_record(clone, monkeypatch):
+    "Of eleven attempts, of which the tenth comes after the second."
+    commits = [f"{k:040d}" for k in range(11)]
+    folder = ex.new_run(None, "toy", "smoke", pa.params_for(pa.find_experiment("toy")))
+    attempts(folder, monkeypatch, *commits)
+    ex.resume_run(folder, pa.find_experiment("toy"))
+    run = ex.Run(folder)
+    run.metric("a", 1)
+    run.finish()
+    record = ex.read_record(folder)
+    assert [*record["earlier_commits"], record["commit"]] == commits
 
 
 def test_write_json_is_all_or_nothing(tmp_path):

@@ -3,6 +3,7 @@
 Statistical tests use fixed seeds and a tolerance of 5 standard errors: a correct program fails
 such a comparison with a probability of 6e-7 over the choice of the seed, the two dozen of them here
 together with about 1e-5. Each has a broken twin, a plausible mistake that it must reject."""
+import copy
 import warnings
 from math import comb, inf, isnan, log, nan, sqrt
 
@@ -13,6 +14,8 @@ from exact import (GROUP_WISE, JOINT, STATES, TARGET, AddedNoise, Enumerated, Fu
 from torch.distributions import Normal
 
 from ncp_vae.bound import iwae
+from ncp_vae.models.ratios import MLPRatio
+from ncp_vae.nce import StagedRatio
 from ncp_vae.prior import (NoiseContrastivePrior, estimate_log_mean, _log_pool, log_sir_weight,
                            of_its_own)
 from ncp_vae.sampling import SIR
@@ -458,6 +461,44 @@ def test_estimated_likelihood_moves_with_log_z():
     second = iwae(ncp.vae, x, 5, ncp.normalised_log_ratio, rng(16))
     assert abs(good - poor) > 1e-3
     assert (second - first).allclose(torch.tensor(good - poor), atol=1e-5)
+
+
+@pytest.mark.parametrize("ratios", [lambda: [MLPRatio(2, hidden=(4,))], lambda: [StagedRatio([MLPRatio(2, hidden=(4,)), MLPRatio(2, hidden=(4,))])]])
+def test_log_z_is_dropped_where_a_ratio_has_changed(ratios):
+    "By an optimizer (fused, as in the library's trainings) or by other weights; not by a move, a copy, a mode or a save of both."
+    ncp = NoiseContrastivePrior(AddedNoise(2), ratios())
+    z = [torch.randn(5, 2, generator=rng(0))]
+    def trained():
+        optimizer = torch.optim.Adam(ncp.ratios.parameters(), 1e-3, fused=True)
+        ncp.log_ratio(z).square().sum().backward()
+        optimizer.step()
+    def loaded():
+        ncp.ratios.load_state_dict({name: value + 1 for name, value in ncp.ratios.state_dict().items()})
+    for change in (trained, loaded):
+        ncp.log_partition(10)
+        before = ncp.normalised_log_ratio(z)
+        ncp.double().float().train().eval().requires_grad_(True)
+        assert torch.equal(ncp.normalised_log_ratio(z), before)
+        assert torch.equal(copy.deepcopy(ncp).normalised_log_ratio(z), before)
+        other = NoiseContrastivePrior(AddedNoise(2), ratios())
+        other.log_partition(10)                                      # of its own ratios: both are overwritten
+        other.load_state_dict(ncp.state_dict())
+        assert torch.equal(other.normalised_log_ratio(z), before)
+        change()
+        with pytest.raises(ValueError, match="log Z is not known, or of other ratios: call log_partition"):
+            ncp.log_prob(z)
+        assert isnan(ncp.log_z) and ncp.log_z_std_error == inf
+    other.ratios.load_state_dict(ncp.ratios.state_dict())
+    assert isnan(other.known_log_z())
+
+
+def test_a_log_z_that_was_written_by_hand_is_believed_until_a_ratio_changes():
+    ncp = NoiseContrastivePrior(AddedNoise(2), [MLPRatio(2, hidden=(4,))])
+    ncp.log_z.fill_(0.3)
+    assert ncp.known_log_z() == ncp.known_log_z() == torch.tensor(0.3)
+    with torch.no_grad():
+        ncp.ratios[0].logit.bias += 1
+    assert isnan(ncp.known_log_z())
 
 
 def test_estimated_likelihood_is_the_exact_one():

@@ -36,6 +36,45 @@ def test_chunks_do_not_change_the_result(M):
         assert torch.allclose(other.log_mean_ratio, results[0].log_mean_ratio, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk, fit, largest", [(500, 50, 28), (64, 63, 32), (500, 1, 1), (None, 300, 250)])
+def test_a_chunk_that_does_not_fit_is_halved_and_the_draws_are_the_same(chunk, fit, largest):
+    "With one warning that names both sizes; the later chunks and groups of the pass begin with the smaller one."
+    asked = []
+    def small(z):
+        asked.append(len(z))
+        if len(z) > fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tilt(z)
+    expected = SIR(1000, chunk).resample(tilt, normal(6, 2), rng(0))
+    with pytest.warns(UserWarning, match=f"out of memory with {chunk or 10922} proposals for each of 6 rows at once: goes on with {largest}, "
+                      f"and the draws are the same. SIR.*chunk={largest}") as caught:
+        found = SIR(1000, chunk).resample(small, normal(6, 2), rng(0))
+    assert len(caught) == 1 and max(rows for rows in asked if rows <= fit) == largest
+    assert sum(rows for rows in asked if rows <= fit) == 1000 and sum(rows > fit for rows in asked) < 10
+    for one, other in zip((found.z, found.ess, found.log_mean_ratio), (expected.z, expected.ess, expected.log_mean_ratio)):
+        assert torch.equal(one, other)
+
+
+def test_a_single_proposal_that_does_not_fit_is_an_error():
+    def none(z):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        SIR(100).draw(none, normal(6, 2))
+
+
+def test_the_memory_of_a_failed_attempt_is_free_before_the_next():
+    held = []
+    def ratio(z):
+        assert all(each() is None for each in held)
+        large = torch.zeros(len(z))
+        held.append(weakref.ref(large))
+        if len(z) > 50:
+            raise torch.OutOfMemoryError(f"{len(large)}")
+        return tilt(z)
+    with pytest.warns(UserWarning, match="out of memory"):
+        SIR(100).draw(ratio, normal(6, 2))
+
+
 def test_streaming_is_one_argmax_over_all_proposals():
     M, rows = 777, 9
     with seeded(rng(3)):

@@ -599,7 +599,7 @@ def test_a_gradient_is_no_longer_than_asked(monkeypatch):
     free, clipped, in_parts, long = seen
     assert free.norm() > 100 and torch.equal(free, long)
     assert torch.allclose(clipped, free / free.norm() / 2, rtol=1e-5) and torch.allclose(in_parts, clipped, rtol=1e-4)
-    with pytest.raises(ValueError, match="clip must be at least 0"):
+    with pytest.raises(ValueError, match="clip must be finite and at least 0"):
         Recipe(clip=-1.0)
 
 
@@ -768,7 +768,7 @@ def test_beta_weighs_the_kl_in_training_and_in_the_choice(tmp_path):
     bound = elbo(vae, x, torch.Generator().manual_seed(stream(0, "held-out")))
     assert row["elbo"] == pytest.approx(bound.elbo.mean().item(), abs=1e-3)
     assert row["loss"] == pytest.approx((2 * bound.kl.sum(-1) - bound.elbo).mean().item(), abs=1e-3)
-    with pytest.raises(ValueError, match=r"beta, spectral, spectral_start must be at least 0, got \[0, -1"):
+    with pytest.raises(ValueError, match=r"beta, spectral, spectral_start must be finite and at least 0, got \[0, -1"):
         fit_vae(vae, x, beta=-1, steps=1, batch_size=64, lr=1e-4, seed=0)
 
 

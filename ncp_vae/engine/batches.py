@@ -7,8 +7,7 @@ __all__ = []
 
 # %% ../../nbs/engine/batches.ipynb #4c294841
 from hashlib import sha256
-from itertools import count, islice
-from math import ceil
+from itertools import count
 from typing import Iterable, Iterator
 
 import torch
@@ -18,12 +17,16 @@ from torch.utils.data import DataLoader, Dataset
 # %% ../../nbs/engine/batches.ipynb #6411b443
 from .stored import rows_at
 from .streams import reseed, stream, undisturbed
+from ..resampling import positive_int
 
 # %% ../../nbs/engine/batches.ipynb #355bf467
 def _on_device(batch: Tensor, data, device: torch.device | None) -> Tensor:
     """The batch there, changed by `on_device` of the data set (or of the one inside it) where there is one.
 
-    ValueError where it is not finite floating point."""
+    ValueError where it is no Tensor, or not finite floating point."""
+    if not isinstance(batch, Tensor):
+        raise ValueError("a DataLoader must give each batch as a Tensor, alone or before its labels; it gave "
+                         f"a {type(batch).__name__}")
     while not hasattr(data, "on_device") and hasattr(data, "dataset"):
         data = data.dataset                    # of a DataLoader, of a Subset
     batch = batch.to(device)
@@ -60,6 +63,7 @@ def batches(data: Images, batch_size: int, seed: int, start: int = 0, rank: int 
 
     A DataLoader is used as it is, epoch after epoch (and begins anew at a resume). ValueError where an image
     is no finite floating point Tensor, or batch_size does not fit the data."""
+    positive_int("batch_size", batch_size)
     if not isinstance(data, DataLoader):
         for indices in _index_batches(len(data), batch_size, seed, start, rank, world):
             yield _on_device(rows_at(data, indices), data, device)
@@ -98,5 +102,7 @@ def first_images(data: Images, n: int, batch_size: int, seed: int, device: torch
     "At least n images as a training with this seed has them, in whole batches, on the device."
     with undisturbed(device):
         reseed(stream(seed, "first images"), device)
-        found = batches(data, batch_size, seed, device=device)
-        return torch.cat(list(islice(found, ceil(n / max(1, batch_size)))))
+        found, source = [], batches(data, batch_size, seed, device=device)
+        while sum(map(len, found)) < n:
+            found.append(next(source))
+        return torch.cat(found)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 
-from .experiment import end, new_run, read_record, resume_run
+from .experiment import code_change, end, new_run, read_record, resume_run
 from .parameters import (Experiment, find_experiment, home, notebooks, params_for,
                                        read_experiment)
 from .report import columns, listing, read_results, results_page
@@ -198,6 +198,8 @@ def _run(args: argparse.Namespace) -> int:
     else:
         folder = Path(args.resume).absolute()
         params = resume_run(folder, experiment)
+        if change := code_change(folder):
+            _tell(change)
     _tell(f"{experiment.name} with {' '.join(f'{name}={value}' for name, value in params.items())}\n"
           f"in {folder}\nfollow it with: tail -f {shlex.quote(str(folder / 'log.txt'))}")
     return _attempt(experiment, folder, params, _Watch(experiment.cells, args.time_limit))

@@ -25,7 +25,7 @@ from .streams import stream
 from ..holes import c2st, median_distance, mmd2
 from ..measured import Measured, mean_of
 from ..prior import NoiseContrastivePrior, Partition, ReweightedPrior
-from ..resampling import SIR, Sampler
+from ..resampling import SIR, Sampler, check_sampler
 from ..walk import TopDownVAE, Trace, evaluating, from_posterior, from_prior
 
 # %% ../../nbs/engine/evaluate.ipynb #caa8deae
@@ -246,6 +246,8 @@ def _check(priors: dict, images: Tensor, bound_images: int | None, copies: int, 
     if draws and draws < 20 or not set(samplers) <= set(priors):
         raise ValueError(f"compare: draws are 0 or at least 20, got {draws}, and samplers are of priors in "
                          f"{', '.join(priors)}, got {', '.join(samplers)}")
+    for sampler in samplers.values():
+        check_sampler(sampler)
     size = len(images) // max(1, copies)
     bounded = size if bound_images is None else bound_images
     if copies < 1 or copies * size != len(images) or not 1 <= bounded <= size:

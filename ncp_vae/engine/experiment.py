@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +68,12 @@ def environment() -> dict:
 def data_folder(data_root: str = "") -> Path:
     "Where a run's data lie: data_root, or else $NCP_VAE_DATA, or else data/; below `home()` where relative."
     return home() / (data_root or os.environ.get("NCP_VAE_DATA", "data"))
+
+# %% ../../nbs/engine/experiment.ipynb #commits1
+def commits_of(folder: Path) -> list[str]:
+    "The commits that the attempts at a run were made with, the first first."
+    earlier = sorted(folder.glob("environment.*.json"), key=lambda path: int(path.suffixes[0][1:]))
+    return [read_json(path)["commit"] for path in [*earlier, *folder.glob("environment.json")]]
 
 # %% ../../nbs/engine/experiment.ipynb #7cc2f48f
 def write_json(path: Path, value) -> None:
@@ -219,7 +226,7 @@ class Run(RunFolder):
         if not self.metrics:
             raise ValueError("finish: no metric was recorded, so there is nothing to report")
         asked = read_json(self.dir / "params.json")
-        earlier = [read_json(path)["commit"] for path in sorted(self.dir.glob("environment.*.json"))]
+        *earlier, _ = commits_of(self.dir)
         record = {"data": asked["params"].get("dataset") or asked["experiment"],
                   "model": asked["params"].get("model", ""), "parts": [], **about, **asked,
                   "earlier_commits": earlier, "commit": self.environment["commit"],
@@ -297,3 +304,13 @@ def resume_run(folder: Path, experiment: Experiment) -> dict:
             (folder / name).rename(folder / name.replace(".", f".{attempt}."))
         begin(folder, attempt + 1)
     return params
+
+# %% ../../nbs/engine/experiment.ipynb #commits3
+def code_change(folder: Path) -> str:
+    "What has become of the code since the last attempt at a run, in a line; '' where it is the same."
+    before, now = commits_of(folder)[-1:], _commit()
+    shown = " -> ".join(re.sub("([0-9a-f]{7})[0-9a-f]{33}", r"\1", commit) for commit in [*before, now])
+    if before and before != [now]:
+        return f"the code has changed since the last attempt: commit {shown}"
+    unknown = f"the code may have changed since the last attempt: both had uncommitted changes, {shown}"
+    return unknown if before and now.endswith("-dirty") else ""

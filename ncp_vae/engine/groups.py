@@ -17,7 +17,8 @@ from ..nce import RatioEstimator, RatioReport, diagnose
 from ..prior import ReweightedPrior
 from ..resampling import SIR, log_ratio_at
 from ..stages import Negatives, prior_negatives
-from ..walk import Step, TopDownVAE, check_step, evaluating, from_posterior, from_prior, seeded
+from ..walk import (Step, TopDownVAE, check_step, encoded, evaluating, from_posterior, from_prior,
+                          seeded)
 
 # %% ../../nbs/engine/groups.ipynb #52b56e82
 def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
@@ -33,7 +34,7 @@ def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
         met.append((check_step(vae, step, len(x)), from_posterior()(step)))
         return met[-1][1] if len(met) < len(ratios) else None          # the image at the bottom is not wanted
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):      # contexts as in sampling
-        descend(vae, choose, evidence=vae.encode(x))
+        descend(vae, choose, evidence=encoded(vae, x))
     pairs = []
     for (step, z_q), ratio in zip(met, ratios):
         with torch.no_grad():

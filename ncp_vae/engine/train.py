@@ -9,6 +9,7 @@ __all__ = ['MONITORED', 'Recipe', 'Machine', 'fit', 'fit_vae', 'fit_ncp', 'fit_e
 import json
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import cos, hypot, inf, log, pi
@@ -19,6 +20,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # %% ../../nbs/engine/train.ipynb #28e8ab45
@@ -33,9 +36,16 @@ from ..models.speed import speed_up
 from ..nce import RatioEstimator, StagedRatio, nce_loss
 from ..prior import NoiseContrastivePrior
 from ..proposals import LARS, Acceptance, PoolLoss, lars_pool_weight
-from ..resampling import SIR, Sampler
+from ..resampling import SIR, Sampler, check_sampler
 from ..stages import Negatives, prior_negatives, stage_negatives
-from ..walk import Step, TopDownVAE, WithPriors, from_posterior
+from ..walk import Step, TopDownVAE, Trace, WithPriors, check_vae, from_posterior
+
+# %% ../../nbs/engine/train.ipynb #finite01
+def _check_finite(who: str, **numbers: float) -> None:
+    "ValueError, which names all of them, where one is negative, infinite or NaN."
+    if not all(0 <= number < inf for number in numbers.values()):
+        raise ValueError(f"{who}: {', '.join(numbers)} must be finite and at least 0, "
+                         f"got {[*numbers.values()]}")
 
 # %% ../../nbs/engine/train.ipynb #ac185263
 @dataclass(frozen=True)
@@ -51,10 +61,8 @@ class Recipe:
     def __post_init__(self):
         if self.optimizer not in ("adam", "adamax"):
             raise ValueError(f"Recipe: optimizer must be adam or adamax, got {self.optimizer!r}")
-        numbers = [self.lr_end, self.lr_warm_up, self.weight_decay, self.clip]
-        if min(numbers) < 0:
-            raise ValueError("Recipe: lr_end, lr_warm_up, weight_decay and clip must be at least 0, "
-                             f"got {numbers}")
+        _check_finite("Recipe", lr_end=self.lr_end, lr_warm_up=self.lr_warm_up,
+                      weight_decay=self.weight_decay, clip=self.clip)
         if not all(0 < part < 1 for part in self.lr_drops):
             raise ValueError(f"Recipe: lr_drops must lie in (0, 1), got {self.lr_drops}")
 
@@ -308,14 +316,20 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
         training.keep()
 
 # %% ../../nbs/engine/train.ipynb #f642fe10
-def _check_fit(loss: nn.Module, name: str, steps: int, lr: float, rows: int, parts: int,
+def _check_fit(loss: nn.Module, data: Images, name: str, steps: int, lr: float, rows: int, parts: int,
                save_every: float) -> None:
     "ValueError where `fit` cannot begin. rows: of a batch, on one process."
-    if not isinstance(steps, int) or steps < 1 or not lr > 0:
-        raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive, "
+    if not isinstance(steps, int) or steps < 1 or not 0 < lr < inf:
+        raise ValueError(f"{name}: steps must be a whole number of at least 1 and lr positive and finite, "
                          f"got {steps} and {lr}")
     if not save_every >= 0:
         raise ValueError(f"{name}: save_every must be at least 0 seconds, got {save_every}")
+    if torch.is_inference_mode_enabled() or any(weight.is_inference() for weight in loss.parameters()):
+        raise ValueError(f"{name}: under torch.inference_mode there are no gradients, and none for weights "
+                         "that were made under it: make the model and train it outside")
+    if isinstance(data, DataLoader) and data.batch_size not in (None, rows):
+        raise ValueError(f"{name}: batch_size is {rows} on a process, and the DataLoader's "
+                         f"{data.batch_size}; a DataLoader is used as it is: give its batch size")
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError(f"{name}: there is no parameter to train")
     if parts > max(1, rows):
@@ -338,7 +352,7 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
     ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
     not finite, or weights are kept that are not."""
-    _check_fit(loss, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts,
+    _check_fit(loss, data, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts,
                save_every)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
                     **about)
@@ -447,9 +461,8 @@ def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: f
     spectral_start (0: constant) meanwhile. held_out: [N, *image] not in data; their ELBO stands in the
     history, and the weights of the highest (KL weighted by beta) after it are kept. The rest: see `fit`."""
     numbers = dict(kl_warmup=kl_warmup, beta=beta, spectral=spectral, spectral_start=spectral_start)
-    if min(numbers.values()) < 0:
-        raise ValueError(f"fit_vae: {', '.join(numbers)} must be at least 0, got {[*numbers.values()]}")
-    _try_out(vae.eval(), data, batch_size, seed)
+    _check_finite("fit_vae", **numbers)
+    _try_out(vae, _eight(vae, data, batch_size, seed))
     about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), model=_description(vae),
                  frozen=digest("", [p for p in vae.parameters() if not p.requires_grad]),
                  kl_balance=kl_balance, **{k: v for k, v in numbers.items() if v or k != "spectral_start"})
@@ -461,16 +474,41 @@ def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: f
         history=history, checkpoint=checkpoint, save_every=save_every)
     return vae.eval()
 
+# %% ../../nbs/engine/train.ipynb #range002
+def _warn_of_range(x: Tensor, likelihood: Distribution) -> None:
+    "A warning where images [B, *image] have a range that a Normal likelihood allows and nobody means."
+    normal = getattr(likelihood, "base_dist", None)
+    if not isinstance(normal, Normal):
+        return
+    low, high = x.aminmax()
+    if high > 2 and (x == x.round()).all():
+        found = "are whole numbers, like bytes: divide them by 255"
+    elif (low < 0 or high > 1) and ((0 < normal.loc) & (normal.loc < 1)).all():
+        found = ("lie outside [0, 1], where all means of the likelihood are, like those of a sigmoid: "
+                 "rescale them")
+    else:
+        return
+    warnings.warn(f"the images, in [{low:.3g}, {high:.3g}], {found}, or ignore this where it is meant",
+                  stacklevel=4)
+
 # %% ../../nbs/engine/train.ipynb #acf50013
-def _try_out(vae: TopDownVAE, data, batch_size: int, seed: int) -> None:
-    "Score eight images, for the ValueErrors of `elbo`; ValueError too where no gradient reaches the encoder."
+def _eight(vae: TopDownVAE, data: Images, batch_size: int, seed: int) -> Tensor:
+    "The first eight images, on the training device, where the VAE is then too, in eval mode."
     device = Accelerator().device
-    vae.to(device)
-    x = first_images(data, 8, batch_size, seed, device)[:8]
-    with torch.no_grad(), undisturbed(device):
+    check_vae(vae).eval().to(device)
+    return first_images(data, 8, batch_size, seed, device)[:8]
+
+def _score(vae: TopDownVAE, x: Tensor) -> Trace:
+    "A walk from the posterior of images [B, *image]; what `elbo` raises, a warning where their range is odd."
+    with torch.no_grad(), undisturbed(x.device):
         elbo(vae, x)
-        steps = vae.walk(from_posterior(), evidence=vae.encode(x)).steps
-    if not all(step.posterior.has_rsample for step in steps):
+        walk = vae.walk(from_posterior(), evidence=vae.encode(x))
+    _warn_of_range(x, walk.likelihood)
+    return walk
+
+def _try_out(vae: TopDownVAE, x: Tensor) -> None:
+    "Score images, for the errors of `elbo`; ValueError too where no gradient reaches the encoder."
+    if not all(step.posterior.has_rsample for step in _score(vae, x).steps):
         raise ValueError("fit_vae needs reparameterised posteriors (has_rsample): otherwise the encoder "
                          "gets no gradient")
 
@@ -507,6 +545,7 @@ def _stage_name(vae: TopDownVAE, base: NoiseContrastivePrior | None, sampler: Sa
                          "draws from it; give both")
     if base is None:
         return "ncp"
+    check_sampler(sampler)
     if base.vae is not vae:
         raise ValueError("fit_ncp: base was trained on another VAE than the one given")
     return f"ncp-{1 + _count_stages(base)}"
@@ -527,6 +566,23 @@ def _default_ratios(vae: TopDownVAE, images: int, seed: int) -> list[MLPRatio]:
     with undisturbed(torch.device("cpu")):
         torch.default_generator.manual_seed(stream(seed, "ratios"))
         return [MLPRatio(z, c, hidden) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
+
+# %% ../../nbs/engine/train.ipynb #totrain1
+def _to_train(vae: TopDownVAE, data: Images, ratios: Sequence[RatioEstimator] | None, batch_size: int,
+              seed: int, joint: bool = False) -> NoiseContrastivePrior:
+    "The prior whose ratios are trained, on the training device, VAE and ratios tried out on eight images."
+    x = _eight(vae, data, batch_size, seed)
+    if joint:
+        _try_out(vae, x)
+    else:
+        with suppress(NotImplementedError):      # a frozen VAE may do without a likelihood
+            _score(vae, x)
+    if ratios is None:
+        ratios = _default_ratios(vae, count_images(data), seed)
+    ncp = NoiseContrastivePrior(vae, ratios).to(x.device).eval()
+    with torch.enable_grad(), undisturbed(x.device):
+        group_logits(vae, ncp.ratios, x)
+    return ncp
 
 # %% ../../nbs/engine/train.ipynb #042a4c42
 def _held_out_reports(ncp: NoiseContrastivePrior, negatives: Callable, seed: int, rows: int,
@@ -581,10 +637,8 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     draws from it (see `stage_negatives`); the result is the product of both. The rest: see `fit`.
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
     name = _stage_name(vae, base, sampler)
-    if ratios is None:
-        ratios = _default_ratios(vae, count_images(data), seed)
-    ncp = NoiseContrastivePrior(vae, ratios)
-    speed_up(vae.to(Accelerator().device), machine.channels_last, machine.compile)
+    ncp = _to_train(vae, data, ratios, batch_size, seed)
+    speed_up(vae, machine.channels_last, machine.compile)
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
                  about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
@@ -594,15 +648,6 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     return ncp.to(Accelerator().device).eval()
 
 # %% ../../nbs/engine/train.ipynb #c351cc38
-def _to_train(vae: TopDownVAE, data: Images, ratios: Sequence[RatioEstimator] | None, joint: bool,
-              batch_size: int, seed: int) -> NoiseContrastivePrior:
-    "The prior that a rival's loss trains, on the training device; with joint the VAE is tried out."
-    if joint:
-        _try_out(vae.eval(), data, batch_size, seed)
-    if ratios is None:
-        ratios = _default_ratios(vae, count_images(data), seed)
-    return NoiseContrastivePrior(vae.to(Accelerator().device), ratios)
-
 def _about_rival(ncp: NoiseContrastivePrior, data: Images, joint: bool, **how) -> dict:
     "What a checkpoint must agree with: shapes, data, whatever is frozen, and how the ratios are trained."
     fixed = [p for p in ncp.vae.parameters() if not p.requires_grad]
@@ -633,7 +678,8 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     persistent: the chains of a `JointLangevin` or `JointMALA` go on from step to step. The rest: see `fit`.
     ValueError where ratios do not fit the VAE, or the sampler's law is not r p / Z. FloatingPointError, with
     step and group, where energies or chains explode: the last good state is back and in CHECKPOINT.good."""
-    ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
+    check_sampler(sampler)
+    ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
     rows = -(-batch_size // Accelerator().num_processes // machine.parts)        # of one forward pass
     loss = EBMLoss(vae, ncp.ratios, sampler, joint, rows if persistent else 0).train()
     about = _about_rival(ncp, data, joint, persistent=persistent,
@@ -669,7 +715,7 @@ def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] 
     this prior; else it is frozen. The result draws by `SIR(proposals)`; bound its likelihood by
     `sir_log_ratio(proposals)`. The rest: see `fit`. ValueError where K < 1, ratios or proposals do not fit
     the VAE, no group has more than one proposal, or a base prior is trained whose draws have no gradient."""
-    ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
+    ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
     ncp.sampler = SIR(proposals)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint)
     return _fit_pools(ncp, loss, data, machine, {}, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
@@ -688,7 +734,7 @@ def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
     `LARS(truncation)`; its likelihood is by `lars_density_ratio`. The rest: see `fit_snis`. ValueError also
     where truncation < 1."""
     sampler = LARS(truncation)                           # which says what is wrong with it
-    ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
+    ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
     ncp = NoiseContrastivePrior(vae, [Acceptance(ratio) for ratio in ncp.ratios], sampler)
     weigh = partial(lars_pool_weight, truncation=sampler.truncation)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint, weigh)
