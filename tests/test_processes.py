@@ -30,19 +30,19 @@ from ncp_vae.walk import Step, TopDownVAE, Trace
 
 HUNG = "hung"
 FORKS = torch.multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ncp_vae.engine.evaluate", "ncp_vae.engine.train"])
+FORKS.set_forkserver_preload(["ncp_vae.engine.evaluate", "ncp_vae.engine.train", "torch._dynamo", "torch.distributed.tensor"])
 
 
 def launch(work, folder, seconds):
     """work(folder) in two gloo processes that wait for each other for so many seconds: by rank what each returned, or the error that
-    ended it; None where it died without a word, HUNG where it was still there ten seconds after the first, or a minute later."""
+    ended it; None where it died without a word, HUNG where it was still there three seconds after the first, or a minute later."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = [FORKS.Process(target=_process, args=(work, rank, port, folder, seconds)) for rank in range(2)]
     for process in started:
         process.start()
-    for process, limit in zip(started, (seconds + 60, 10)):
+    for process, limit in zip(started, (seconds + 60, 3)):
         process.join(limit)
     return [_ended(process, folder / f"{rank}.pt") for rank, process in enumerate(started)]
 
@@ -142,16 +142,16 @@ def lines(file):
 def data_parallel(folder):
     "A VAE with a balanced KL, then its ratios, watched both."
     torch.manual_seed(0)
-    vae = fit_vae(Known(), points(), steps=20, batch_size=8, lr=1e-2, seed=0, kl_warmup=12, kl_balance=True, held_out=points(seed=1),
+    vae = fit_vae(Known(), points(), steps=10, batch_size=8, lr=1e-2, seed=0, kl_warmup=6, kl_balance=True, held_out=points(seed=1),
                   history=folder / "history")
     torch.manual_seed(0)
     ratios = [MLPRatio(2, c, (8,)).double() for c in (None, 3)]
-    ncp = fit_ncp(vae, points(), ratios=ratios, steps=20, batch_size=8, lr=1e-2, seed=0, held_out=points(seed=1), history=folder / "history")
+    ncp = fit_ncp(vae, points(), ratios=ratios, steps=10, batch_size=8, lr=1e-2, seed=0, held_out=points(seed=1), history=folder / "history")
     return {name: value.detach() for name, value in ncp.state_dict().items() if not name.startswith("log_z")}
 
 
 def test_two_processes_train_what_one_trains(both, tmp_path):
-    """On the same batches and draws, in float64: losses (of six digits in the file) to 1e-6 and weights after 20 steps to 1e-9, which is
+    """On the same batches and draws, in float64: losses (of six digits in the file) to 1e-6 and weights after 10 steps to 1e-9, which is
     rounding. The two processes agree in every bit."""
     first, other = (found["data_parallel"] for found in both)
     assert all(torch.equal(first[name], other[name]) for name in first)
@@ -159,7 +159,7 @@ def test_two_processes_train_what_one_trains(both, tmp_path):
     for name in alone:
         assert torch.allclose(first[name], alone[name], rtol=0, atol=1e-9), name
     rows, expected = lines(both[0]["folder"] / "data_parallel" / "history"), lines(tmp_path / "history")
-    assert len(rows) == len(expected) > 40
+    assert len(rows) == len(expected) == 22
     for row, wanted in zip(rows, expected):
         assert row == {key: value if isinstance(value, str) else pytest.approx(value, abs=2e-6) for key, value in wanted.items()}
 
@@ -223,14 +223,14 @@ def split(folder, at=None, **changes):
     vae = hierarchy()
     torch.manual_seed(0)
     ratios = [Dropping(z, c, (8,)) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
-    how = dict(steps=20, batch_size=8, lr=1e-2, seed=0, held_out=bits(seed=1), history=folder / "history",
+    how = dict(steps=10, batch_size=8, lr=1e-2, seed=0, held_out=bits(seed=1), history=folder / "history",
                checkpoint=folder / "state", machine=Machine(split_groups=True, parts=2))
     ncp = fit_ncp(vae, Interrupting(at), ratios=ratios, **{**how, **changes})
     return {name: value.detach() for name, value in ncp.ratios.state_dict().items()}
 
 
 def interrupted(folder):
-    return said(partial(split, folder, at=9))
+    return said(partial(split, folder, at=4))
 
 
 def test_split_groups_are_one_process_to_the_bit(both, tmp_path):
@@ -256,7 +256,7 @@ def test_split_groups_go_on_on_one_process(both, tmp_path):
     it in every bit as if nobody had disturbed it."""
     place = both[0]["folder"] / "interrupted"
     assert [found["interrupted"].split(":")[0] for found in both] == 2 * ["KeyboardInterrupt"]
-    assert torch.load(place / "state", weights_only=True)["step"] == 10          # the one that was being taken was ended
+    assert torch.load(place / "state", weights_only=True)["step"] == 5          # the one that was being taken was ended
     resumed, whole = split(place), split(tmp_path)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
