@@ -145,15 +145,15 @@ def load_last(path: str | Path, check: Callable[[Path, dict], None]) -> tuple[Pa
 # %% ../../nbs/engine/checkpoint.ipynb #64effb71
 @contextmanager
 def hold_interrupt():
-    "Inside, Ctrl-C waits for the end (in the main thread, where signals arrive)."
+    "Inside, Ctrl-C waits for the end (in the main thread, where signals arrive); the list says whether one does."
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
-        yield
+        yield []
         return
     waiting = []
     signal.signal(signal.SIGINT, lambda *about: waiting.append(about))
     try:
-        yield
+        yield waiting
     finally:
         signal.signal(signal.SIGINT, before)
     if waiting:

@@ -15,16 +15,16 @@ from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..bound import paired_iwae
 from .fid import ImageScorer, drawn_from, lower_by
 from .groups import device_of
+from .processes import in_blocks
 from .report import columns as aligned
 from .streams import stream
 from ..holes import c2st, median_distance, mmd2
 from ..measured import Measured, mean_of
-from ..prior import NoiseContrastivePrior, Partition, ReweightedPrior
+from ..prior import NoiseContrastivePrior, Partition, ReweightedPrior, of_its_own
 from ..resampling import SIR, Sampler, check_sampler
 from ..walk import TopDownVAE, Trace, evaluating, from_posterior, from_prior
 
@@ -46,19 +46,28 @@ def _likelihoods_under(vae: TopDownVAE, reweighted: dict[str, ReweightedPrior], 
 
     NAME: [N], under the law that its sampler aims at. "NAME bound": under the SIR density, of the first
     parts that hold `bounded` images."""
-    pools = {name: _generator(seed, "pools") for name in reweighted}
-    found = {}
-    for i, x in enumerate(tqdm(images.split(_PART), "likelihoods", mininterval=10.0, leave=False)):
+    pools = _pools(seed, -(-len(images) // _PART))
+    def part(i: int, at: int, to: int) -> dict[str, Tensor]:
         laws = {"": None, **{name: samplers.get(name, prior.sampler).density_ratio(prior)
                              for name, prior in reweighted.items()}}
-        if proposals is not None and i * _PART < bounded:
-            laws |= {f"{name} bound": prior.sir_log_ratio(proposals, pools[name])
+        if proposals is not None and at < bounded:
+            laws |= {f"{name} bound": prior.sir_log_ratio(proposals, pools[i].clone_state())
                      for name, prior in reweighted.items()}
         with evaluating(*reweighted.values()):
-            values = log_likelihoods(vae, x, num_samples, stream(seed, "part", i), list(laws.values()))
-        for name, row in zip(laws, values):
-            found.setdefault(name, []).append(row)
-    return {name: torch.cat(rows) for name, rows in found.items()}
+            values = log_likelihoods(vae, images[at:to], num_samples, stream(seed, "part", i),
+                                     list(laws.values()))
+        return dict(zip(laws, values))
+    parts = in_blocks(len(images), _PART, part, "likelihoods")
+    return {name: torch.cat([each[name] for each in parts if name in each]) for name in parts[0]}
+
+# %% ../../nbs/engine/evaluate.ipynb #da63b3b3
+def _pools(seed: int, parts: int) -> list[torch.Generator]:
+    "The pools' generator as each part meets it: the parts before have taken a seed each."
+    found = [_generator(seed, "pools")]
+    for _ in range(parts - 1):
+        found.append(found[-1].clone_state())
+        of_its_own(found[-1])
+    return found
 
 # %% ../../nbs/engine/evaluate.ipynb #77b4a162
 def _values_of(priors: dict, images: Tensor, *, num_samples: int, proposals, bound_images: int, copies: int,

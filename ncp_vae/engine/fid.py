@@ -17,10 +17,8 @@ from typing import Callable
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from . import paper
 from .data import Rows, has_labels, load_labels
@@ -28,6 +26,7 @@ from .experiment import RunFolder
 from .features import (FeatureNet, fit_features, gaussian_distance, gaussian_fit,
                                      jackknife_error, left_out, precision_recall, turns_told)
 from .groups import device_of
+from .processes import in_blocks
 from .streams import stream
 from ..measured import Measured, mean_of
 from ..models.inception import STANDARD, load_inception
@@ -132,16 +131,6 @@ class ImageScores:
                 f"precision_{name}": self.precision, f"recall_{name}": self.recall}
 
 # %% ../../nbs/engine/fid.ipynb #c87112f2
-def _in_batches(total: int, batch_size: int, work: Callable[[int, int, int], object]) -> list:
-    """work(b, at, to) of every batch of `total` images, of all processes, in the order of the batches.
-
-    b: the batch's number. at, to: its first image, and the first of the next batch."""
-    here = Accelerator()
-    numbers = range(here.process_index, -(-total // batch_size), here.num_processes)
-    found = [(b, work(b, b * batch_size, min(total, (b + 1) * batch_size)))
-             for b in tqdm(numbers, "images", mininterval=2.0, leave=False, disable=not here.is_main_process)]
-    return [result for _, result in sorted(gather_object(found), key=lambda numbered: numbered[0])]
-
 def _reference_indices(protocol: Protocol, size: int, limit: int | None) -> list[int]:
     "Which of `size` real images the protocol takes, at most `limit`: the first, or a fixed choice."
     order = (torch.randperm(size, generator=torch.Generator().manual_seed(0)) if protocol.shuffled
@@ -199,7 +188,7 @@ def _reference_of(scorer: "ImageScorer", data: Dataset, limit: int | None) -> _R
     def look(b, at, to):
         images = to_bytes(data[indices[at:to]])
         return _features(scorer.network, images), _digests(images)
-    seen = _in_batches(len(indices), scorer.batch_size, look)
+    seen = in_blocks(len(indices), scorer.batch_size, look, "images")
     rows = torch.cat([features for features, _ in seen])
     digests = [digest for _, part in seen for digest in part]
     name = _claimed_name(scorer.protocol, scorer.generated, len(rows), len(data))
@@ -261,7 +250,8 @@ class ImageScorer:
         Raises ValueError where they have another shape than the real ones, or NaN."""
         def features(b, at, to):
             return _features(self.network, to_bytes(_drawn(self, draw, b, to - at)))
-        return _scores_of(self, torch.cat(_in_batches(self.generated, self.batch_size, features)))
+        found = in_blocks(self.generated, self.batch_size, features, "images")
+        return _scores_of(self, torch.cat(found))
 
     def save_statistics(self, path: str | Path) -> None:
         "Write mu, sigma of the real images as pytorch-fid does (.npz), and beside them n, features, images."

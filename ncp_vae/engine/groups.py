@@ -22,13 +22,14 @@ from ..walk import (Step, TopDownVAE, check_step, encoded, evaluating, from_post
 
 # %% ../../nbs/engine/groups.ipynb #52b56e82
 def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
-                 negatives: Callable[[Step, Tensor], Negatives] = prior_negatives
-                 ) -> list[tuple[Tensor, Tensor]]:
+                 negatives: Callable[[Step, Tensor], Negatives] = prior_negatives,
+                 groups: Sequence[int] | None = None) -> list[tuple[Tensor, Tensor]]:
     """The logits of each group's classifier at draws of both kinds, from one posterior walk: K pairs of [B].
 
     Eq. 4; nats. x: [B, *image]. negatives(step, z_q) gives the draws of the other kind, at the posterior's
     z_<k, and what is added to log r_k on each side: nothing in a first stage. Both kinds go through a ratio
-    as one mixed batch, [2, B, *event]: by their own statistics its batch norm would tell them apart."""
+    as one mixed batch, [2, B, *event]: by their own statistics its batch norm would tell them apart. groups:
+    the pairs of these alone."""
     met = []
     def choose(step):
         met.append((check_step(vae, step, len(x)), from_posterior()(step)))
@@ -36,11 +37,12 @@ def group_logits(vae: TopDownVAE, ratios: Sequence[RatioEstimator], x: Tensor,
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):      # contexts as in sampling
         descend(vae, choose, evidence=encoded(vae, x))
     pairs = []
-    for (step, z_q), ratio in zip(met, ratios):
+    for k in range(len(ratios)) if groups is None else groups:
+        step, z_q = met[k]
         with torch.no_grad():
             other = negatives(step, z_q)
         both = torch.stack([z_q, other.z])
-        log_q, log_p = log_ratio_at(ratio.condition(step.context), both, step.prior)
+        log_q, log_p = log_ratio_at(ratios[k].condition(step.context), both, step.prior)
         pairs.append((log_q + other.offset_q, log_p + other.offset_p))
     return pairs
 

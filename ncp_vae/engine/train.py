@@ -9,16 +9,16 @@ __all__ = ['MONITORED', 'Recipe', 'Machine', 'fit', 'fit_vae', 'fit_ncp', 'fit_e
 import json
 import time
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import cos, hypot, inf, log, pi
+from math import cos, hypot, inf, isfinite, log, pi
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.utils.data import DataLoader
@@ -30,6 +30,7 @@ from ..energy import EBMLoss
 from . import checkpoint as checkpoints
 from .batches import Images, batches, count_images, digest, digest_of_data, first_images
 from .groups import group_logits, group_reports
+from .processes import check_same, stopping_together, this_process
 from .streams import reseed, stream, undisturbed
 from ..models.ratios import MLPRatio
 from ..models.speed import speed_up
@@ -75,6 +76,7 @@ class Machine:
     compile: bool = False         # torch.compile of the networks
     parts: int = 1                # a batch goes through in so many parts, whose gradients add up
     sync_batch_norm: bool = False # statistics of all processes' parts together (CUDA)
+    split_groups: bool = False    # fit_ncp: a process trains its share of the groups, on whole batches
 
     def __post_init__(self):
         if not isinstance(self.parts, int) or self.parts < 1:
@@ -146,6 +148,10 @@ def _check_saved(training: "_Training", file: Path, saved: dict) -> None:
 # %% ../../nbs/engine/train.ipynb #ed2f062c
 def _prepared(loss: nn.Module, machine: Machine, accelerator: Accelerator) -> nn.Module:
     "The loss as accelerate runs it; its batch norms over all processes where the machine says so."
+    if machine.split_groups:
+        if not hasattr(loss, "owner"):
+            raise ValueError("Machine: split_groups is for the ratios of fit_ncp, whose losses share nothing")
+        return loss.to(accelerator.device)
     if machine.sync_batch_norm:
         nn.SyncBatchNorm.convert_sync_batchnorm(loss)
     return accelerator.prepare(loss)
@@ -166,6 +172,7 @@ class _Training:
         speed_up(loss, machine.channels_last, machine.compile)
         self.step = self.kept = 0
         self.best = dict(step=0, loss=inf, weights={})      # of the looks at held-out images; step 0: none
+        self.interrupts = []       # Ctrl-C of several processes, which wait until all can stop at one step
         self.whole = True          # no step has begun that did not end
         self.sound = True          # what is at `checkpoint` may be kept as the older one
         if checkpoint is not None and checkpoints.claim(checkpoint).is_file():
@@ -175,21 +182,51 @@ class _Training:
             self.step = self.kept = saved["step"]
             self.best = saved["best"]
 
-    def keep(self) -> None:
-        "Write the checkpoint, if it is new and of a whole step; FloatingPointError where it is not finite."
-        if self.kept == self.step or not self.whole:
-            return
-        weights = self.loss.state_dict()
-        spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
-        if spoilt:
-            after = f"after step {self.step} of {self.settings['steps']}"
-            raise _diverged(self.settings, f"{after} {spoilt[0]} is not finite")
-        if self.checkpoint is not None and self.accelerator.is_main_process:
-            state = dict(settings=self.settings, step=self.step, best=self.best, loss=weights,
-                         moments=self.optimizer.state_dict()["state"])
-            checkpoints.save(self.checkpoint, state, keep=self.sound)
-            self.sound = True
-        self.kept = self.step
+    def owner(self, name: str) -> int:
+        "The process whose weight or buffer of this name counts."
+        return self.loss.owner(name) if self.machine.split_groups else 0
+
+    def share(self) -> None:
+        "On all processes the weights and buffers of the one whose count."
+        for name, value in self.loss.state_dict().items() if self.accelerator.num_processes > 1 else ():
+            value.copy_(broadcast(value.contiguous(), self.owner(name)))
+
+# %% ../../nbs/engine/train.ipynb #de57b299
+def _moments(training: _Training) -> dict:
+    "Those of the optimizer, each from the process that trains its weight, by the weight's number."
+    found = training.optimizer.state_dict()["state"]
+    if not training.machine.split_groups:
+        return found
+    rank = training.accelerator.process_index
+    own = {i: {key: value.cpu() for key, value in found[i].items()}
+           for i, (name, _) in enumerate(training.loss.named_parameters())
+           if training.owner(name) == rank and i in found}
+    return dict(sorted((i, of_weight) for told in gather_object([own]) for i, of_weight in told.items()))
+
+def _write(training: _Training, moments: dict) -> None:
+    "The checkpoint, on the first process; FloatingPointError where a weight is not finite."
+    weights = training.loss.state_dict()
+    spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if spoilt:
+        after = f"after step {training.step} of {training.settings['steps']}"
+        raise _diverged(training.settings, f"{after} {spoilt[0]} is not finite")
+    if training.checkpoint is not None and training.accelerator.is_main_process:
+        state = dict(settings=training.settings, step=training.step, best=training.best, loss=weights,
+                     moments=moments)
+        checkpoints.save(training.checkpoint, state, keep=training.sound)
+        training.sound = True
+
+# %% ../../nbs/engine/train.ipynb #7e796d53
+def _keep(training: _Training) -> None:
+    "Write the checkpoint, if it is new and of a whole step; FloatingPointError where it is not finite."
+    if training.kept == training.step or not training.whole:
+        return
+    if training.machine.split_groups:
+        training.share()
+    moments = _moments(training)
+    with stopping_together():
+        _write(training, moments)
+    training.kept = training.step
 
 # %% ../../nbs/engine/train.ipynb #5d586383
 def _backward(training: _Training, x: Tensor) -> dict[str, Tensor]:
@@ -201,12 +238,27 @@ def _backward(training: _Training, x: Tensor) -> dict[str, Tensor]:
         prepare = getattr(training.loss, "prepare", lambda parts, step: [()] * len(parts))
         given = prepare(parts, training.step)
     for part, of_whole in zip(parts, given):
-        with autocast():
+        with stopping_together(), autocast():
             found = training.model(part, training.step, *of_whole)
         found = {key: value * (len(part) / len(x)) for key, value in found.items()}
         found["loss"].backward()
         terms = {key: terms.get(key, 0) + value.detach() for key, value in found.items()}
     return terms
+
+# %% ../../nbs/engine/train.ipynb #9eb25466
+def _of_all(training: _Training, terms: dict, slope: Tensor) -> tuple[dict, Tensor | float]:
+    "What is logged and the gradient's norm, of all processes together."
+    split = training.machine.split_groups
+    if training.accelerator.num_processes == 1 and not split:
+        return terms, slope
+    own = {key: value.item() for key, value in terms.items()}
+    if not split:
+        means = torch.tensor([*own.values()], dtype=torch.float64, device=slope.device)
+        return dict(zip(own, reduce(means, "mean").tolist())), slope
+    told, slopes = zip(*gather_object([(own, slope.item())]))
+    each = {key: value for found in told for key, value in found.items() if key != "loss"}
+    each = dict(sorted(each.items(), key=lambda named: (len(named[0]), named[0])))     # loss_2, loss_10
+    return dict(loss=sum(each.values()), **each), hypot(*slopes)
 
 # %% ../../nbs/engine/train.ipynb #e03d646c
 def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
@@ -218,8 +270,9 @@ def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
     groups = training.optimizer.param_groups
     weights = [weight for group in groups for weight in group["params"]]
     slope = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-    if not torch.isfinite(terms["loss"] + slope):
-        what = f"the loss is {terms['loss'].item()} and its gradient's norm {slope.item()}"
+    terms, norm = _of_all(training, terms, slope)
+    if not isfinite(terms["loss"] + norm):
+        what = f"the loss is {float(terms['loss'])} and its gradient's norm {float(norm)}"
         raise _diverged(training.settings, f"{what} at step {training.step} of {training.settings['steps']}")
     if clip := training.settings["recipe"]["clip"]:
         nn.utils.clip_grads_with_norm_(weights, clip, slope)
@@ -238,13 +291,20 @@ def _steps_left(training: _Training, data, look: Callable[[], None]) -> Iterator
     `look()` is called before each of them and after the last: one that was interrupted comes again."""
     accelerator = training.accelerator
     seed = training.settings["seed"]
-    source = batches(data, training.settings["batch_size"], seed, training.step, accelerator.process_index,
-                     accelerator.num_processes, accelerator.device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if training.machine.split_groups:               # all take the same walk with the same batch
+        rank, world = 0, 1
+    source = batches(data, training.settings["batch_size"], seed, training.step, rank, world,
+                     accelerator.device)
     look()
     while training.step < training.settings["steps"]:
         with checkpoints.hold_interrupt():
-            reseed(stream(seed, "step", training.step, accelerator.process_index), accelerator.device)
-            found = _take_step(training, next(source))
+            reseed(stream(seed, "step", training.step, rank), accelerator.device)
+            with stopping_together():
+                if training.interrupts:
+                    raise KeyboardInterrupt
+                x = next(source)
+            found = _take_step(training, x)
         yield found
         look()
 
@@ -281,39 +341,62 @@ def _look(training: _Training, monitor: Callable[[], dict] | None, best_from: in
     step = training.step
     if monitor is None or step == 0 or step * MONITORED % training.settings["steps"] >= MONITORED:
         return
-    row, = broadcast_object_list([monitor()])          # the first process's: all keep the same step
+    training.share()
+    with stopping_together():
+        found = monitor()
+    row, = broadcast_object_list([found])              # the first process's: all keep the same step
     if step >= best_from and row.get("loss", inf) < training.best["loss"]:
         weights = training.loss.state_dict()
         training.best = dict(step=step, loss=row["loss"],
                              weights={key: value.to("cpu", copy=True) for key, value in weights.items()})
-    log(dict(stage=f"{training.settings['name']} held-out", step=step, **row,
-             best_step=training.best["step"]))
+    with stopping_together():
+        log(dict(stage=f"{training.settings['name']} held-out", step=step, **row,
+                 best_step=training.best["step"]))
 
 # %% ../../nbs/engine/train.ipynb #e19de3c7
+def _log_of(training: _Training, bar: tqdm, log: Callable[[dict], None], log_every: int) -> Callable:
+    "A function of a step's terms that writes a line of history where it is its turn."
+    began = time.monotonic()
+    def told(terms: dict) -> None:
+        if training.step % log_every and training.step < training.settings["steps"]:
+            return
+        row = dict(stage=training.settings["name"], step=training.step,
+                   seconds=round(time.monotonic() - began, 2),
+                   **{key: round(float(value), 6) for key, value in terms.items()})
+        bar.set_postfix(loss=row["loss"], refresh=False)
+        with stopping_together():
+            log(row)
+    return told
+
+# %% ../../nbs/engine/train.ipynb #d4bb5d1a
+def _first_says(training: _Training, yes: bool) -> bool:
+    "What the first process says: clocks differ, and all must do the same."
+    here = training.accelerator
+    return yes if here.num_processes == 1 else broadcast(torch.tensor([yes], device=here.device)).item()
+
 def _run(training: _Training, data, history, monitor, best_from: int, log_every: int,
          save_every: float) -> None:
     "Take the steps that are left, with a progress bar and a history; keep the state whatever ends them."
-    accelerator = training.accelerator
+    here = training.accelerator
     name, steps = (training.settings[key] for key in ("name", "steps"))
-    log = _open_history(history if accelerator.is_main_process else None, name, training.step)
+    with stopping_together():
+        log = _open_history(history if here.is_main_process else None, name, training.step)
     left = _steps_left(training, data, partial(_look, training, monitor, best_from, log))
     bar = tqdm(left, name, steps, initial=training.step, mininterval=2.0, leave=False,
-               disable=not accelerator.is_main_process)
-    began = saved = time.monotonic()
-    try:
-        with undisturbed(accelerator.device), torch.enable_grad(), bar:
-            for terms in bar:
-                if training.step % log_every == 0 or training.step == steps:
-                    row = dict(stage=name, step=training.step, seconds=round(time.monotonic() - began, 2))
-                    for key, value in terms.items():
-                        row[key] = round(accelerator.reduce(value, "mean").item(), 6)
-                    bar.set_postfix(loss=row["loss"], refresh=False)
-                    log(row)
-                if time.monotonic() - saved > save_every:
-                    training.keep()
-                    saved = time.monotonic()
-    finally:
-        training.keep()
+               disable=not here.is_main_process)
+    tell = _log_of(training, bar, log, log_every)
+    saved = time.monotonic()
+    held = checkpoints.hold_interrupt() if here.num_processes > 1 else nullcontext([])
+    with held as training.interrupts:
+        try:
+            with undisturbed(here.device), torch.enable_grad(), bar:
+                for terms in bar:
+                    tell(terms)
+                    if _first_says(training, time.monotonic() - saved > save_every):
+                        _keep(training)
+                        saved = time.monotonic()
+        finally:
+            _keep(training)
 
 # %% ../../nbs/engine/train.ipynb #f642fe10
 def _check_fit(loss: nn.Module, data: Images, name: str, steps: int, lr: float, rows: int, parts: int,
@@ -335,6 +418,16 @@ def _check_fit(loss: nn.Module, data: Images, name: str, steps: int, lr: float, 
     if parts > max(1, rows):
         raise ValueError(f"Machine: parts {parts} must be at most the batch of {rows}")
 
+# %% ../../nbs/engine/train.ipynb #d35bef17
+def _sharing(data: Images, machine: Machine) -> dict:
+    "What a checkpoint must agree with about the processes; ValueError where they cannot share the data."
+    world = this_process().num_processes
+    if world > 1 and isinstance(data, DataLoader):
+        raise ValueError(f"a DataLoader cannot be shared by {world} processes: give its data set itself")
+    if machine.split_groups:
+        return dict(split_groups=True)
+    return dict(processes=world) if world > 1 else {}
+
 # %% ../../nbs/engine/train.ipynb #fc0648e0
 def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
         about: dict = {}, recipe: Recipe = Recipe(), machine: Machine = Machine(),
@@ -352,12 +445,17 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
     ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
     not finite, or weights are kept that are not."""
-    _check_fit(loss, data, name, steps, lr, batch_size // Accelerator().num_processes, machine.parts,
+    shared = _sharing(data, machine)
+    _check_fit(loss, data, name, steps, lr, batch_size // shared.get("processes", 1), machine.parts,
                save_every)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
-                    **about)
-    training = _Training(loss, settings, recipe, machine, checkpoint)
+                    **shared, **about)
+    check_same(name, settings)
+    with stopping_together():
+        training = _Training(loss, settings, recipe, machine, checkpoint)
+    check_same(f"{name}: the checkpoint", dict(step=training.step))
     _run(training, data, history, monitor, best_from, log_every, save_every)
+    training.share()
     weights = loss.state_dict()
     for key, value in training.best["weights"].items():
         weights[key].copy_(value)
@@ -392,8 +490,10 @@ class VAELoss(nn.Module):
         "For each part: the whole batch's shares of the KL, and how often the price on the weights counts."
         n = sum(map(len, parts))
         shares = None
-        if self.kl_balance and self.risen(step) < 1 and len(parts) > 1:
-            shares = _without_priors(self.vae).kl_weights(_kl_without_trace(self.vae, parts))
+        if self.kl_balance and self.risen(step) < 1 and len(parts) * this_process().num_processes > 1:
+            with stopping_together():
+                kl = _kl_without_trace(self.vae, parts)
+            shares = _without_priors(self.vae).kl_weights(gather(kl))
         return [(shares, n / len(part) if part is parts[0] else 0.0) for part in parts]
 
     def forward(self, x: Tensor, step: int, shares: Tensor | None = None, priced: float = 1.0) -> dict:
@@ -514,12 +614,15 @@ def _try_out(vae: TopDownVAE, x: Tensor) -> None:
 
 # %% ../../nbs/engine/train.ipynb #3e5c11a7
 class NCELoss(nn.Module):
-    "Eq. 4, summed over the groups: one posterior walk gives the positives and the z_<k of all of them."
+    """Eq. 4, summed over the groups: one posterior walk gives the positives and the z_<k of all of them.
+
+    split: only those groups' that this process trains, each with random numbers of its own."""
     def __init__(self, vae: TopDownVAE, ratios: nn.ModuleList, base: NoiseContrastivePrior | None,
-                 sampler: Sampler | None):
+                 sampler: Sampler | None, split: bool = False):
         super().__init__()
         self.ratios = ratios
         self.frozen = (vae, base, sampler)     # in a tuple: not parameters of this module
+        self.split = split
 
     def negatives(self, step: Step, z_q: Tensor) -> Negatives:
         "Draws of what the ratio is to be learned against: the base prior, or the stages before."
@@ -528,10 +631,41 @@ class NCELoss(nn.Module):
             return prior_negatives(step, z_q)
         return stage_negatives(base.ratios[step.index], sampler, step, z_q)
 
+    def owner(self, name: str) -> int:
+        "The process that trains the weight of this name, where they split the groups."
+        return int(name.split(".")[1]) % this_process().num_processes          # ratios.K.NAME
+
     def forward(self, x: Tensor, step: int) -> dict[str, Tensor]:
+        if self.split:
+            return _own_losses(self, x)
         losses = [nce_loss(*pair) for pair in group_logits(self.frozen[0], self.ratios, x, self.negatives)]
         named = {f"loss_{k}": value.detach() for k, value in enumerate(losses)} if len(losses) > 1 else {}
         return dict(loss=sum(losses), **named)
+
+# %% ../../nbs/engine/train.ipynb #fec59554
+def _own_losses(loss: NCELoss, x: Tensor) -> dict[str, Tensor]:
+    "The losses of this process's groups, and their sum."
+    here = this_process()
+    groups = range(here.process_index, len(loss.ratios), here.num_processes)
+    seed = torch.randint(2**62, ()).item()                   # of the step's stream, as the walk: the same on all
+    def negatives(step: Step, z_q: Tensor) -> Negatives:
+        reseed(stream(seed, "group", step.index), z_q.device)
+        return loss.negatives(step, z_q)
+    pairs = group_logits(loss.frozen[0], loss.ratios, x, negatives, groups)
+    losses = {f"loss_{k}": nce_loss(*pair) for k, pair in zip(groups, pairs)}
+    reseed(stream(seed, "next part"), x.device)
+    return dict(loss=sum(losses.values()), **{name: value.detach() for name, value in losses.items()})
+
+def _check_split(ratios: Sequence[RatioEstimator], recipe: Recipe) -> None:
+    "ValueError where the groups cannot be trained apart on the processes that there are."
+    world = this_process().num_processes
+    weights = [weight for ratio in ratios for weight in ratio.parameters()]
+    if world > len(ratios):
+        raise ValueError(f"split_groups: {world} processes for {len(ratios)} groups: one would have none")
+    if len(set(weights)) < len(weights):
+        raise ValueError("split_groups: two ratios share a weight; train them together")
+    if recipe.clip:
+        raise ValueError(f"split_groups: clip {recipe.clip} is of the whole gradient, which no process has")
 
 # %% ../../nbs/engine/train.ipynb #78150b9b
 def _count_stages(ncp: NoiseContrastivePrior) -> int:
@@ -638,8 +772,10 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
     name = _stage_name(vae, base, sampler)
     ncp = _to_train(vae, data, ratios, batch_size, seed)
+    if machine.split_groups:
+        _check_split(ncp.ratios, recipe)
     speed_up(vae, machine.channels_last, machine.compile)
-    loss = NCELoss(vae, ncp.ratios.train(), base, sampler)
+    loss = NCELoss(vae, ncp.ratios.train(), base, sampler, machine.split_groups)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
                  about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
                  history=history, checkpoint=checkpoint, save_every=save_every)
@@ -680,7 +816,10 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     step and group, where energies or chains explode: the last good state is back and in CHECKPOINT.good."""
     check_sampler(sampler)
     ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
-    rows = -(-batch_size // Accelerator().num_processes // machine.parts)        # of one forward pass
+    world = Accelerator().num_processes
+    if persistent and world > 1:
+        raise ValueError(f"fit_ebm: persistent chains are of one process, and there are {world}")
+    rows = -(-batch_size // world // machine.parts)              # of one forward pass
     loss = EBMLoss(vae, ncp.ratios, sampler, joint, rows if persistent else 0).train()
     about = _about_rival(ncp, data, joint, persistent=persistent,
                          sampler=f"{type(sampler).__name__}{vars(sampler)}")
