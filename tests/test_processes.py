@@ -195,9 +195,9 @@ class Dropping(MLPRatio):
 
 
 class Interrupting(torch.utils.data.Dataset):
-    "Points; Ctrl-C comes to the second process (or to one that is alone) while batch number `at` is read. Two more are read before."
+    "Points; Ctrl-C comes to the second process (or to one that is alone) while batch number `at` is read. Three more are read before."
     def __init__(self, at):
-        self.at, self.reads = at + 2 if at else None, 0
+        self.at, self.reads = at + 3 if at else None, 0
 
     def __len__(self):
         return 64
