@@ -145,7 +145,7 @@ def load_last(path: str | Path, check: Callable[[Path, dict], None]) -> tuple[Pa
 # %% ../../nbs/engine/checkpoint.ipynb #64effb71
 @contextmanager
 def hold_interrupt():
-    "Inside, Ctrl-C waits for the end (in the main thread, where signals arrive); the list says whether one does."
+    "Inside, Ctrl-C waits for the end (in the main thread, where signals arrive), in the list that is given."
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['describe_job', 'run_job', 'main', 'in_job']
 
-# %% ../../nbs/engine/job.ipynb #50b7cdf4
+# %% ../../nbs/engine/job.ipynb #d14c9e28
 import inspect
 import json
 import os
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# %% ../../nbs/engine/job.ipynb #bc3ccb86
+# %% ../../nbs/engine/job.ipynb #e011bf24
 from . import checkpoint, store
 from .batches import digest
 from .data import load
@@ -32,14 +32,14 @@ from .processes import stopping_together, this_process
 from .train import Machine, Recipe, fit_ncp, fit_vae
 from ..prior import ReweightedPrior
 
-# %% ../../nbs/engine/job.ipynb #70ab20df
+# %% ../../nbs/engine/job.ipynb #5b000481
 _TRAININGS = {"fit_vae": fit_vae, "fit_ncp": fit_ncp}
 
 def describe_job(folder: str | Path, train: str, model: nn.Module, data: Tensor | str, **settings) -> Path:
     """Write into a folder what a job shall train; the folder.
 
-    train: "fit_vae" or "fit_ncp". model: a VAE; for fit_ncp also a prior, whose ratios are then those that are
-    trained. data: [N, *image], or a name for `load`. settings: of that function, plain values, Tensors, a
+    train: "fit_vae" or "fit_ncp". model: a VAE; for fit_ncp also a prior, whose ratios are then those that
+    are trained. data: [N, *image], or a name for `load`. settings: of that function, plain values, Tensors, a
     Recipe and a Machine. ValueError where the folder describes another job; TypeError on unknown settings."""
     folder = Path(folder)
     if train not in _TRAININGS:
@@ -59,7 +59,7 @@ def describe_job(folder: str | Path, train: str, model: nn.Module, data: Tensor 
         raise ValueError(f"{folder} describes another job: name another folder")
     return folder
 
-# %% ../../nbs/engine/job.ipynb #b6b33071
+# %% ../../nbs/engine/job.ipynb #196db8e7
 def run_job(folder: str | Path) -> None:
     "Train what a folder describes, or go on with it, as one of the processes that do; result in trained/."
     folder = Path(folder)
@@ -80,11 +80,11 @@ def run_job(folder: str | Path) -> None:
         if this_process().is_main_process and not (folder / "trained").exists():
             store.save(trained, folder / "trained")
 
-# %% ../../nbs/engine/job.ipynb #d4256623
+# %% ../../nbs/engine/job.ipynb #bce1b91c
 def main() -> int:
     "One process of the job in the folder that the command line names; its exit code, 130 where stopped."
     folder = Path(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.default_int_handler)      # in the background of a script it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # which a script's background jobs ignore
     signal.signal(signal.SIGTERM, lambda *about: signal.raise_signal(signal.SIGINT))
     try:
         run_job(folder)
@@ -97,11 +97,11 @@ def main() -> int:
         return 1
     return 0
 
-# %% ../../nbs/engine/job.ipynb #39e2bf16
+# %% ../../nbs/engine/job.ipynb #aa355d6f
 if __name__ == "__main__" and "__file__" in globals():            # not in this notebook
     sys.exit(main())
 
-# %% ../../nbs/engine/job.ipynb #c9c636bf
+# %% ../../nbs/engine/job.ipynb #54be7b18
 _GRACE = 60.0      # seconds that a job which is stopped has to save its work
 
 @contextmanager
@@ -123,7 +123,7 @@ def _started(folder: Path, processes: int):
                 os.killpg(job.pid, signal.SIGKILL)
                 job.wait()
 
-# %% ../../nbs/engine/job.ipynb #d0cc1be6
+# %% ../../nbs/engine/job.ipynb #7c9477ce
 def _follow(job: subprocess.Popen, history: Path, steps: int) -> None:
     "Wait for the job's end, and show how far it is."
     with tqdm(total=steps, desc=history.parent.name, leave=False) as bar:
@@ -146,7 +146,7 @@ def _interrupted_by_sigterm():
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/engine/job.ipynb #d2a2662f
+# %% ../../nbs/engine/job.ipynb #1f1218b9
 def in_job(folder: str | Path, train: str, model: nn.Module, data: Tensor | str, *, processes: int = 1,
            **settings) -> nn.Module:
     """What a job of so many processes on this machine has trained, in eval mode on the CPU.

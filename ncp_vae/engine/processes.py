@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stopping_together', 'check_same', 'in_blocks', 'drawn_in_blocks', 'BlockMean']
 
-# %% ../../nbs/engine/processes.ipynb #79ac8883
+# %% ../../nbs/engine/processes.ipynb #c9548692
 from contextlib import contextmanager
 from typing import Callable
 
@@ -16,19 +16,19 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from tqdm import tqdm
 
-# %% ../../nbs/engine/processes.ipynb #9fe1c444
+# %% ../../nbs/engine/processes.ipynb #85d1f328
 from .streams import stream
 from ..prior import PIECE, Estimate, ReweightedPrior, estimate_log_mean
 from ..walk import seeded
 
-# %% ../../nbs/engine/processes.ipynb #631a1c6f
+# %% ../../nbs/engine/processes.ipynb #3e0f2877
 def this_process() -> AcceleratorState:
     "Its `process_index` of `num_processes`, and whether it is the first, `is_main_process`."
     if not is_initialized():
         Accelerator()
     return AcceleratorState()
 
-# %% ../../nbs/engine/processes.ipynb #2aa7d009
+# %% ../../nbs/engine/processes.ipynb #ad529093
 _KINDS = (KeyboardInterrupt, FloatingPointError, ValueError, OSError)
 
 @contextmanager
@@ -54,7 +54,7 @@ def _any_says(yes: bool) -> bool:
     "Whether a process says yes."
     return reduce(torch.tensor(float(yes), device=this_process().device), "sum").item() > 0
 
-# %% ../../nbs/engine/processes.ipynb #7e2981d6
+# %% ../../nbs/engine/processes.ipynb #1b962980
 def check_same(what: str, values: dict) -> None:
     "ValueError, on all processes, where one has other plain values than the first; it names both."
     first, *others = gather_object([values])
@@ -64,7 +64,7 @@ def check_same(what: str, values: dict) -> None:
         if differ:
             raise ValueError(f"{what}: {'; '.join(differ)}. All processes must have the same")
 
-# %% ../../nbs/engine/processes.ipynb #2a515b9f
+# %% ../../nbs/engine/processes.ipynb #fbf5eb4f
 def in_blocks(total: int, size: int, work: Callable[[int, int, int], object], what: str = "blocks") -> list:
     """work(b, at, to) of every block of `total` rows, of all processes, in the order of the blocks.
 
@@ -77,7 +77,7 @@ def in_blocks(total: int, size: int, work: Callable[[int, int, int], object], wh
                  for b in tqdm(numbers, what, mininterval=2.0, leave=False, disable=not here.is_main_process)]
     return [result for _, result in sorted(gather_object(found), key=lambda numbered: numbered[0])]
 
-# %% ../../nbs/engine/processes.ipynb #a96292ca
+# %% ../../nbs/engine/processes.ipynb #91c0cad4
 def drawn_in_blocks(draw: Callable[[int, torch.Generator], Tensor], n: int, seed: int,
                     size: int = 100) -> Tensor:
     """n rows [n, *event] of draw(n, generator), on the CPU, shared among the processes; the same on all.
@@ -89,7 +89,7 @@ def drawn_in_blocks(draw: Callable[[int, torch.Generator], Tensor], n: int, seed
             return draw(to - at, generator).cpu()
     return torch.cat(in_blocks(n, size, block, "samples"))
 
-# %% ../../nbs/engine/processes.ipynb #fdd86df1
+# %% ../../nbs/engine/processes.ipynb #443eb74e
 class BlockMean:
     "log Z from draws of the base prior in blocks of PIECE walks that the processes share: a `Partition`."
     def log_partition(self, ncp: ReweightedPrior, num_samples: int,

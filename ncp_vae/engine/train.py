@@ -368,12 +368,12 @@ def _log_of(training: _Training, bar: tqdm, log: Callable[[dict], None], log_eve
             log(row)
     return told
 
-# %% ../../nbs/engine/train.ipynb #d4bb5d1a
 def _first_says(training: _Training, yes: bool) -> bool:
     "What the first process says: clocks differ, and all must do the same."
     here = training.accelerator
     return yes if here.num_processes == 1 else broadcast(torch.tensor([yes], device=here.device)).item()
 
+# %% ../../nbs/engine/train.ipynb #d4bb5d1a
 def _run(training: _Training, data, history, monitor, best_from: int, log_every: int,
          save_every: float) -> None:
     "Take the steps that are left, with a progress bar and a history; keep the state whatever ends them."
@@ -397,6 +397,7 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
                         saved = time.monotonic()
         finally:
             _keep(training)
+    training.share()
 
 # %% ../../nbs/engine/train.ipynb #f642fe10
 def _check_fit(loss: nn.Module, data: Images, name: str, steps: int, lr: float, rows: int, parts: int,
@@ -428,6 +429,15 @@ def _sharing(data: Images, machine: Machine) -> dict:
         return dict(split_groups=True)
     return dict(processes=world) if world > 1 else {}
 
+def _begun(loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
+           checkpoint: str | Path | None) -> _Training:
+    "The training that all processes begin, or go on with, at one step; ValueError where they would not."
+    check_same(settings["name"], settings)
+    with stopping_together():
+        training = _Training(loss, settings, recipe, machine, checkpoint)
+    check_same(f"{settings['name']}: the checkpoint", dict(step=training.step))
+    return training
+
 # %% ../../nbs/engine/train.ipynb #fc0648e0
 def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
         about: dict = {}, recipe: Recipe = Recipe(), machine: Machine = Machine(),
@@ -450,12 +460,8 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
                save_every)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
                     **shared, **about)
-    check_same(name, settings)
-    with stopping_together():
-        training = _Training(loss, settings, recipe, machine, checkpoint)
-    check_same(f"{name}: the checkpoint", dict(step=training.step))
+    training = _begun(loss, settings, recipe, machine, checkpoint)
     _run(training, data, history, monitor, best_from, log_every, save_every)
-    training.share()
     weights = loss.state_dict()
     for key, value in training.best["weights"].items():
         weights[key].copy_(value)
@@ -647,7 +653,7 @@ def _own_losses(loss: NCELoss, x: Tensor) -> dict[str, Tensor]:
     "The losses of this process's groups, and their sum."
     here = this_process()
     groups = range(here.process_index, len(loss.ratios), here.num_processes)
-    seed = torch.randint(2**62, ()).item()                   # of the step's stream, as the walk: the same on all
+    seed = torch.randint(2**62, ()).item()               # of the step's stream, as the walk: the same on all
     def negatives(step: Step, z_q: Tensor) -> Negatives:
         reseed(stream(seed, "group", step.index), z_q.device)
         return loss.negatives(step, z_q)
@@ -748,6 +754,8 @@ def _warn_if_overfitted(look: Callable[[Tensor], dict], seen: Tensor, held_out: 
 def _fit_watched(ncp: NoiseContrastivePrior, loss: NCELoss, data: Images, held_out: Tensor | None, *,
                  batch_size: int, seed: int, about: dict, machine: Machine, **how) -> None:
     "`fit`, watched by the ratios' loss on held-out images where there are some, and compared at the end."
+    if loss.split:
+        _check_split(loss.ratios, how["recipe"])
     look = partial(_held_out_reports, ncp, loss.negatives, stream(seed, "held-out"),
                    -(-batch_size // machine.parts))
     about = dict(about, data=digest_of_data(data), held_out=digest_of_data(held_out))
@@ -771,10 +779,17 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     draws from it (see `stage_negatives`); the result is the product of both. The rest: see `fit`.
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
     name = _stage_name(vae, base, sampler)
+<<<<<<< HEAD
     ncp = _to_train(vae, data, ratios, batch_size, seed)
     if machine.split_groups:
         _check_split(ncp.ratios, recipe)
     speed_up(vae, machine.channels_last, machine.compile)
+=======
+    if ratios is None:
+        ratios = _default_ratios(vae, count_images(data), seed)
+    ncp = NoiseContrastivePrior(vae, ratios)
+    speed_up(vae.to(Accelerator().device), machine.channels_last, machine.compile)
+>>>>>>> 5420ad6
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler, machine.split_groups)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
                  about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
@@ -802,6 +817,13 @@ def _back_to_good(loss: EBMLoss, checkpoint: str | Path | None) -> str:
         where = f"in {checkpoints.save(f'{checkpoint}.good', dict(step=step, loss=state))}"
     return f"the last good state, that of step {step}, is {where}"
 
+def _chains(batch_size: int, parts: int) -> int:
+    "As many persistent chains as a forward pass has rows; ValueError on several processes."
+    world = this_process().num_processes
+    if world > 1:
+        raise ValueError(f"fit_ebm: persistent chains are of one process, and there are {world}")
+    return -(-batch_size // parts)
+
 # %% ../../nbs/engine/train.ipynb #959af948
 def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None,
             sampler: Sampler, joint: bool = False, persistent: bool = False, steps: int, batch_size: int,
@@ -814,6 +836,7 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     persistent: the chains of a `JointLangevin` or `JointMALA` go on from step to step. The rest: see `fit`.
     ValueError where ratios do not fit the VAE, or the sampler's law is not r p / Z. FloatingPointError, with
     step and group, where energies or chains explode: the last good state is back and in CHECKPOINT.good."""
+<<<<<<< HEAD
     check_sampler(sampler)
     ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
     world = Accelerator().num_processes
@@ -821,6 +844,11 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
         raise ValueError(f"fit_ebm: persistent chains are of one process, and there are {world}")
     rows = -(-batch_size // world // machine.parts)              # of one forward pass
     loss = EBMLoss(vae, ncp.ratios, sampler, joint, rows if persistent else 0).train()
+=======
+    ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
+    chains = _chains(batch_size, machine.parts) if persistent else 0
+    loss = EBMLoss(vae, ncp.ratios, sampler, joint, chains).train()
+>>>>>>> 5420ad6
     about = _about_rival(ncp, data, joint, persistent=persistent,
                          sampler=f"{type(sampler).__name__}{vars(sampler)}")
     speed_up(vae, machine.channels_last, machine.compile)
