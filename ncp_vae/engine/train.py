@@ -779,17 +779,8 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     draws from it (see `stage_negatives`); the result is the product of both. The rest: see `fit`.
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
     name = _stage_name(vae, base, sampler)
-<<<<<<< HEAD
     ncp = _to_train(vae, data, ratios, batch_size, seed)
-    if machine.split_groups:
-        _check_split(ncp.ratios, recipe)
     speed_up(vae, machine.channels_last, machine.compile)
-=======
-    if ratios is None:
-        ratios = _default_ratios(vae, count_images(data), seed)
-    ncp = NoiseContrastivePrior(vae, ratios)
-    speed_up(vae.to(Accelerator().device), machine.channels_last, machine.compile)
->>>>>>> 5420ad6
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler, machine.split_groups)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
                  about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
@@ -836,19 +827,10 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     persistent: the chains of a `JointLangevin` or `JointMALA` go on from step to step. The rest: see `fit`.
     ValueError where ratios do not fit the VAE, or the sampler's law is not r p / Z. FloatingPointError, with
     step and group, where energies or chains explode: the last good state is back and in CHECKPOINT.good."""
-<<<<<<< HEAD
     check_sampler(sampler)
     ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
-    world = Accelerator().num_processes
-    if persistent and world > 1:
-        raise ValueError(f"fit_ebm: persistent chains are of one process, and there are {world}")
-    rows = -(-batch_size // world // machine.parts)              # of one forward pass
-    loss = EBMLoss(vae, ncp.ratios, sampler, joint, rows if persistent else 0).train()
-=======
-    ncp = _to_train(vae, data, ratios, joint, batch_size, seed)
     chains = _chains(batch_size, machine.parts) if persistent else 0
     loss = EBMLoss(vae, ncp.ratios, sampler, joint, chains).train()
->>>>>>> 5420ad6
     about = _about_rival(ncp, data, joint, persistent=persistent,
                          sampler=f"{type(sampler).__name__}{vars(sampler)}")
     speed_up(vae, machine.channels_last, machine.compile)
