@@ -304,7 +304,8 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
         with undisturbed(accelerator.device), torch.enable_grad(), bar:
             for terms in bar:
                 if training.step % log_every == 0 or training.step == steps:
-                    row = dict(stage=name, step=training.step, seconds=round(time.monotonic() - began, 2))
+                    row = dict(stage=name, step=training.step, steps=steps,
+                               seconds=round(time.monotonic() - began, 2))
                     for key, value in terms.items():
                         row[key] = round(accelerator.reduce(value, "mean").item(), 6)
                     bar.set_postfix(loss=row["loss"], refresh=False)
