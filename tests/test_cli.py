@@ -130,7 +130,7 @@ def status(folder):
 def test_help_names_the_exit_codes_and_loads_nothing_slow(ask):
     "How many seconds that makes, benchmarks/process.py measures."
     code, out, _ = ask("--help")
-    assert code == 0 and all(word in out for word in ("list", "params", "run", "report", "124", "130", "138", "143"))
+    assert code == 0 and all(word in out for word in ("list", "params", "run", "status", "tensorboard", "report", "124", "130", "138", "143"))
     code = "import sys\nfrom ncp_vae.engine.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print('loaded', *sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout
     loaded = set(said[said.rindex("loaded"):].split())
@@ -214,6 +214,7 @@ def test_a_run_that_succeeds(ended):
     assert raw["earlier_commits"] == []
     assert (raw["data"], raw["model"], raw["parts"]) == ("counts", "", [])      # no parameter says more
     assert raw["params"] == {"seed": 0, "steps": 3, "name": '"b"'} and raw["preset"] == "smoke"
+    assert status(folder)["cell"] == "In [5] of 5  counts"           # the last one that it began
     assert (folder / "threads").read_text() == "1"                   # the command's own choice
     assert raw["metrics"]["steps"] == dict(value=3.0, std_error=0.5, unit="1", kind="estimate", n=3, paper=4.0)
     assert {"notebook.ipynb", "params.json", "environment.json", "log.txt"} <= {path.name for path in folder.iterdir()}

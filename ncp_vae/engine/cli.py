@@ -13,14 +13,16 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 
-from .experiment import code_change, end, new_run, read_record, resume_run
+from .experiment import code_change, end, new_run, note, read_record, resume_run
 from .parameters import (Experiment, find_experiment, home, notebooks, params_for,
                                        read_experiment)
+from .progress import status_table, to_tensorboard
 from .report import columns, listing, read_results, results_page
 
 # %% ../../nbs/engine/cli.ipynb #c4bc3f14
@@ -72,7 +74,8 @@ def _ending(signals: list[signal.Signals]) -> tuple[str, int, str] | None:
 # %% ../../nbs/engine/cli.ipynb #c1d31346
 class _Watch:
     "What a run is at, and what signals came: the first interrupts its cell, a second or a minute kill it."
-    def __init__(self, cells: int, limit: float):   # seconds until the first comes by itself; 0: never
+    def __init__(self, folder: Path, cells: int, limit: float):   # seconds until the first; 0: never
+        self.folder = folder
         self.at, self.of = 0, cells + 1     # papermill inserts one
         self.heading, self.group, self.received = "", None, []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM):
@@ -104,7 +107,9 @@ class _Watch:
             self.heading = next(titles, self.heading)
         elif cell.source.strip():
             self.at += 1
-            _tell(f"In [{self.at}] of {self.of}  {self.heading.lstrip('# ')}")
+            where = f"In [{self.at}] of {self.of}  {self.heading.lstrip('# ')}"
+            note(self.folder, cell=where)
+            _tell(where)
 
 # %% ../../nbs/engine/cli.ipynb #32f5525a
 @contextmanager
@@ -202,7 +207,26 @@ def _run(args: argparse.Namespace) -> int:
             _tell(change)
     _tell(f"{experiment.name} with {' '.join(f'{name}={value}' for name, value in params.items())}\n"
           f"in {folder}\nfollow it with: tail -f {shlex.quote(str(folder / 'log.txt'))}")
-    return _attempt(experiment, folder, params, _Watch(experiment.cells, args.time_limit))
+    return _attempt(experiment, folder, params, _Watch(folder, experiment.cells, args.time_limit))
+
+# %% ../../nbs/engine/cli.ipynb #stat0002
+_REFRESH = 3.0              # seconds between two looks
+_CLEAR = "\x1b[2J\x1b[H"    # a terminal
+
+def _status(args: argparse.Namespace) -> int:
+    "ncp-vae status: a line for each live run, or for each run in folders; refreshed on a terminal."
+    while True:
+        text, live = status_table(args.folders)
+        terminal = sys.stdout.isatty()
+        _tell(_CLEAR * terminal + text)
+        if not (terminal and live):
+            return 0
+        time.sleep(_REFRESH)
+
+def _tensorboard(args: argparse.Namespace) -> int:
+    "ncp-vae tensorboard: write the histories of a run as scalars of TensorBoard."
+    _tell(f"look at it: tensorboard --logdir {shlex.quote(str(to_tensorboard(Path(args.folder))))}")
+    return 0
 
 # %% ../../nbs/engine/cli.ipynb #8d057b40
 def _report(args: argparse.Namespace) -> int:
@@ -235,6 +259,9 @@ _COMMANDS = {
            (["--dry-run"], dict(action="store_true", help="only print its hours and memory on GPUs")),
            (["--time-limit"], dict(metavar="SECONDS", type=float, default=0.0, help="stop then, within a "
                                    f"minute, with exit code {_STOPPED}; go on by --resume"))],
+    _status: [(["folders"], dict(nargs="*", metavar="DIR", help="runs, or folders of runs; by default all "
+                                 "live ones below runs/"))],
+    _tensorboard: [(["folder"], dict(metavar="DIR", help="a run"))],
     _report: [(["folders"], dict(nargs="*", metavar="DIR",
                                  help="runs, or folders of runs, to list the metrics of"))]}
 
@@ -245,7 +272,8 @@ def _parser() -> argparse.ArgumentParser:
         "ncp-vae", description="Run the experiments of nbs/runs and report their results.",
         epilog=f"Exit codes: 0 done, 1 the run failed, 2 bad input, {_STOPPED} stopped at its --time-limit, "
                "129, 130, 138 or 143 stopped by SIGHUP, Ctrl-C, SIGUSR1 or SIGTERM.")
-    commands = top.add_subparsers(required=True, metavar="list | params | run | report")
+    names = " | ".join(function.__name__[1:] for function in _COMMANDS)
+    commands = top.add_subparsers(required=True, metavar=names)
     for function, arguments in _COMMANDS.items():
         text = function.__doc__.partition(": ")[2]
         sub = commands.add_parser(function.__name__[1:], help=text, description=text)

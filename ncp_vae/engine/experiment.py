@@ -112,6 +112,11 @@ def begin(folder: Path, attempt: int) -> None:
         state="running", attempt=attempt, pid=os.getpid(), host=platform.node(),
         created=psutil.Process().create_time(), started=time.time()))
 
+def note(folder: Path, **about) -> None:
+    "Add to status.json what a run is at; where that cannot be written, nothing is lost."
+    with suppress(OSError, ValueError):
+        write_json(folder / "status.json", {**read_json(folder / "status.json"), **about})
+
 def _sum_of_record(folder: Path) -> str | None:
     "The SHA-256 of metrics.json; None where there is none."
     path = folder / "metrics.json"

@@ -16,7 +16,7 @@ import seaborn as sns
 import torch
 from torch import Tensor
 
-from .cost import read_history
+from .progress import read_history
 from ..palette import AGGREGATE, BROKEN, DATA, NCP, PRIOR
 
 # %% ../../nbs/engine/plots.ipynb #11bc738b

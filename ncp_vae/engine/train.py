@@ -360,7 +360,7 @@ def _log_of(training: _Training, bar: tqdm, log: Callable[[dict], None], log_eve
     def told(terms: dict) -> None:
         if training.step % log_every and training.step < training.settings["steps"]:
             return
-        row = dict(stage=training.settings["name"], step=training.step,
+        row = dict(stage=training.settings["name"], step=training.step, steps=training.settings["steps"],
                    seconds=round(time.monotonic() - began, 2),
                    **{key: round(float(value), 6) for key, value in terms.items()})
         bar.set_postfix(loss=row["loss"], refresh=False)
