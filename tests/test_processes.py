@@ -6,7 +6,6 @@ import socket
 import time
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -327,7 +326,7 @@ FEW = dict(steps=8, batch_size=8, lr=1e-2, seed=0, name="few")
 
 def stops(folder):
     return [said(lambda: fit(Fails("nan"), points(), checkpoint=folder / "nan", **FEW)), said(lambda: fit(Fails("error"), points(), **FEW)),
-            said(lambda: fit(Fails(), Ends("nan"), **FEW)), said(lambda: fit(Fails(), points(), history=Path("nowhere" if second() else "/dev/null/no"), **FEW))]
+            said(lambda: fit(Fails(), Ends("nan"), **FEW)), said(lambda: fit(Fails(), points(), history="/dev/null/no", **FEW))]
 
 
 def test_all_stop_with_the_message_of_one(both):
@@ -337,7 +336,7 @@ def test_all_stop_with_the_message_of_one(both):
              "ValueError: the data holds NaN", "ValueError: cannot write"]
     for found, wanted in zip(both[0]["stops"], words, strict=True):
         assert found.startswith(wanted)
-    assert torch.load(both[0]["folder"] / "stops" / "nan", weights_only=True)["step"] == 3 if (both[0]["folder"] / "stops" / "nan").exists() else True
+    assert not (both[0]["folder"] / "stops" / "nan").exists()            # nothing of the step that was spoilt
 
 
 def ends(how, folder):

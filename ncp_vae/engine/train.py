@@ -497,9 +497,7 @@ class VAELoss(nn.Module):
         n = sum(map(len, parts))
         shares = None
         if self.kl_balance and self.risen(step) < 1 and len(parts) * this_process().num_processes > 1:
-            with stopping_together():
-                kl = _kl_without_trace(self.vae, parts)
-            shares = _without_priors(self.vae).kl_weights(gather(kl))
+            shares = _without_priors(self.vae).kl_weights(_kl_without_trace(self.vae, parts))
         return [(shares, n / len(part) if part is parts[0] else 0.0) for part in parts]
 
     def forward(self, x: Tensor, step: int, shares: Tensor | None = None, priced: float = 1.0) -> dict:
@@ -516,20 +514,22 @@ class VAELoss(nn.Module):
 
 # %% ../../nbs/engine/train.ipynb #724fea26
 def _kl_without_trace(vae: TopDownVAE, parts: Sequence[Tensor]) -> Tensor:
-    "KL of every image and group: [B, K], nats; random numbers and batch norms are left as they were."
+    """KL of every image, of all processes, and group: [B, K], nats.
+
+    Random numbers and batch norms are left as they were."""
     norms = [module for module in vae.modules() if getattr(module, "track_running_stats", False)]
     found = []
     try:
         for norm in norms:
             norm.track_running_stats = False
-        with torch.no_grad(), undisturbed(parts[0].device):
+        with stopping_together(), torch.no_grad(), undisturbed(parts[0].device):
             for part in parts:
                 walk = vae.walk(from_posterior(), evidence=vae.encode(part))
                 found.append(elbo_of(vae, walk, part).kl)
     finally:
         for norm in norms:
             norm.track_running_stats = True
-    return torch.cat(found)
+    return gather(torch.cat(found))
 
 # %% ../../nbs/engine/train.ipynb #fb0f22c0
 def _description(module: nn.Module) -> dict:
