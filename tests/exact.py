@@ -289,7 +289,7 @@ class Rung(RatioEstimator):
 class Ladder(TopDownVAE):
     """z_1 ~ N(0, I), z_k ~ N(0.8 z_{k-1}, 0.6^2 I), x = z_K + eps. With `laws`, K `Rung`s, q(z_k | z_<k, x) is the rung's law for every
     x; or, where by_image is a share of its variance, a law with the rest of it whose mean is moved by x_k: with x_k ~ N(0, that
-    share) the aggregate posterior is the rungs' law. Counts the groups that it walks, and keeps the images that it has seen."""
+    share) the aggregate posterior is the rungs' law, and x = z + eps in every group. Counts the groups that it walks, and keeps the images that it has seen."""
     def __init__(self, groups=3, event=(1,), laws=None, by_image=0.0):
         super().__init__()
         self.latent_shapes = [torch.Size(event)] * groups
@@ -316,7 +316,8 @@ class Ladder(TopDownVAE):
             self.groups_walked += 1
             context = choose(steps[-1])
             latents.append(context)
-        return Trace(latents, steps, diagonal_normal(context, torch.ones_like(context)))
+        mean = torch.cat(latents, -1) if self.by_image else context
+        return Trace(latents, steps, diagonal_normal(mean, torch.ones_like(mean)))
 
 
 RUNGS = ((1.0, 0.7), (0.5, 0.42), (0.5, 0.42))          # shifts and widths of `ladder`
