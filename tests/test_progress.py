@@ -138,8 +138,9 @@ def test_the_history_that_was_written_last_counts_and_metrics_are_none(run_in):
         (folder / name).write_text('{"name": "a"}\n')
     os.utime(folder / "ncp.jsonl", (NOW - 2,) * 2)
     assert "7 of 1000" in words(table(folder)[0]) and words(table(folder)[0])[-1] == "0:00:02 ago"
+    (folder / "ncp.jsonl").write_text('{"st\n{"st\n')
     (folder / "status.json").write_text('{"sta')
-    assert words(table(folder)[0])[1] == "killed"
+    assert words(table(folder)[0]) == ["a", "killed", *["-"] * 6]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -301,6 +301,18 @@ def test_a_range_that_only_looks_wrong():
         assert "the images" not in trained(DenseVAE, 2 * grey - 1) + trained(InUnit, grey) + trained(DenseVAE, IMAGES)
 
 
+def test_a_frozen_vae_may_have_been_trained_by_the_cross_entropy_of_grey_pixels():
+    "Its likelihood is not used; what is outside [0, 1] it cannot mean."
+    grey = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for name in ("ncp", "ebm", "snis"):
+        assert TRAININGS[name](Own(), grey, **FEW) is not None
+        for wrong in (grey - 0.5, 2 * grey):
+            with pytest.raises(ValueError, match="lie outside the likelihood's support"):
+                TRAININGS[name](Own(), wrong, **FEW)
+    with pytest.raises(ValueError, match="lie outside the likelihood's support"):
+        fit_vae(Own(), grey, **FEW)
+
+
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_loader_brings_its_own_batch_size(name):
     loader = DataLoader(TensorDataset(IMAGES), 4)

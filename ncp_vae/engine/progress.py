@@ -86,10 +86,11 @@ _HEAD = ["run", "state", "cell", "stage", "step", "steps/s", "left", "last row"]
 def _line(folder: Path, name: str) -> list[str]:
     "What `_HEAD` names, of one run."
     status, pace, age = {}, None, None
-    with suppress(ValueError):
+    with suppress(ValueError):            # one that is damaged does not hide the others
         status = read_json(folder / "status.json")
     for path in _histories(folder)[-1:]:
-        pace, age = pace_of(read_history(path)), time.time() - path.stat().st_mtime
+        with suppress(ValueError):
+            pace, age = pace_of(read_history(path)), time.time() - path.stat().st_mtime
     beginning = [name, _state(folder, status), status.get("cell", "-")]
     if pace is None:
         return [*beginning, *["-"] * 5]

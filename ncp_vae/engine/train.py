@@ -715,8 +715,8 @@ def _to_train(vae: TopDownVAE, data: Images, ratios: Sequence[RatioEstimator] | 
     if joint:
         _try_out(vae, x)
     else:
-        with suppress(NotImplementedError):      # a frozen VAE may do without a likelihood
-            _score(vae, x)
+        with suppress(NotImplementedError):      # without a likelihood a frozen VAE has all that is needed
+            _score(vae, x.round() if x.min() >= 0 and x.max() <= 1 else x)
     if ratios is None:
         ratios = _default_ratios(vae, count_images(data), seed)
     ncp = NoiseContrastivePrior(vae, ratios).to(x.device).eval()
