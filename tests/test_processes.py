@@ -34,15 +34,15 @@ FORKS.set_forkserver_preload(["ncp_vae.engine.evaluate", "ncp_vae.engine.train",
 
 def launch(work, folder, seconds):
     """work(folder) in two gloo processes that wait for each other for so many seconds: by rank what each returned, or the error that
-    ended it; None where it died without a word, HUNG where it was still there three seconds after the first, or a minute later."""
+    ended it; None where it died without a word, HUNG where it was still there after ten minutes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = [FORKS.Process(target=_process, args=(work, rank, port, folder, seconds)) for rank in range(2)]
     for process in started:
         process.start()
-    for process, limit in zip(started, (seconds + 60, 3)):
-        process.join(limit)
+    for process in started:
+        process.join(600)
     return [_ended(process, folder / f"{rank}.pt") for rank, process in enumerate(started)]
 
 
@@ -71,7 +71,7 @@ def said(call):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     "Per rank, what every function of `WORK` found on two processes."
-    return launch(all_work, tmp_path_factory.mktemp("two"), 60.0)
+    return launch(all_work, tmp_path_factory.mktemp("two"), 300.0)
 
 
 def all_work(folder):
@@ -220,7 +220,7 @@ def hierarchy():
 def split(folder, at=None, **changes):
     "Three groups on two processes, in two parts, watched."
     vae = hierarchy()
-    torch.manual_seed(0)
+    torch.manual_seed(int(second()))                      # all begin with the weights of the first process
     ratios = [Dropping(z, c, (8,)) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
     how = dict(steps=10, batch_size=8, lr=1e-2, seed=0, held_out=bits(seed=1), history=folder / "history",
                checkpoint=folder / "state", machine=Machine(split_groups=True, parts=2))
@@ -288,7 +288,7 @@ def test_what_cannot_be_shared_is_refused(both):
 # ---- what stops one stops all ---------------------------------------------------------------------------------------
 
 class Fails(nn.Module):
-    "Linear; in step 3 the second process has a loss that is not finite, an error, is killed, or sleeps."
+    "Linear; in step 3 the second process has a loss that is not finite, or an error."
     def __init__(self, how=None):
         super().__init__()
         self.how, self.w = how, nn.Parameter(torch.zeros(4).double())
@@ -303,7 +303,7 @@ class Fails(nn.Module):
 
 
 class Ends(torch.utils.data.Dataset):
-    "Points; while its batch of step 3 is read, the second process is killed, sleeps, or finds a NaN."
+    "Points; while its batch of step 3 is read, the second process is killed, sleeps for twice the timeout, or finds a NaN."
     def __init__(self, how):
         self.how, self.reads = how, 0
 
@@ -316,7 +316,7 @@ class Ends(torch.utils.data.Dataset):
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "hangs":
-                time.sleep(600)
+                time.sleep(30)
             return points()[rows] * float("nan")
         return points()[rows]
 
@@ -343,12 +343,12 @@ def ends(how, folder):
     fit(Fails(), Ends(how), checkpoint=folder / "state", **FEW)
 
 
-@pytest.mark.parametrize("how, seconds", [("killed", 60.0), ("hangs", 3.0)])
+@pytest.mark.parametrize("how, seconds", [("killed", 300.0), ("hangs", 15.0)])
 def test_nobody_waits_for_ever(how, seconds, tmp_path):
     "The first process ends with an error, at once or at the timeout, and the steps before are kept."
     first, other = launch(partial(ends, how), tmp_path, seconds)
     assert first not in (None, HUNG) and "Error" in first
-    assert other is None or how == "hangs"
+    assert other is None if how == "killed" else "Error" in other and other != HUNG
     assert torch.load(tmp_path / "state", weights_only=True)["step"] == 3
 
 

@@ -151,7 +151,9 @@ def _prepared(loss: nn.Module, machine: Machine, accelerator: Accelerator) -> nn
     if machine.split_groups:
         if not hasattr(loss, "owner"):
             raise ValueError("Machine: split_groups is for the ratios of fit_ncp, whose losses share nothing")
-        return loss.to(accelerator.device)
+        for value in loss.to(accelerator.device).state_dict().values():       # all begin with the first's
+            value.copy_(broadcast(value.contiguous()))
+        return loss
     if machine.sync_batch_norm:
         nn.SyncBatchNorm.convert_sync_batchnorm(loss)
     return accelerator.prepare(loss)
@@ -451,7 +453,8 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     has a "loss", the training ends with the weights of the lowest from step best_from on, "best_step" there.
     history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C
     and at the end, the one before it beside it as FILE.older; where it exists already the training goes on
-    from it, bit for bit on a CPU, or with a warning from the older one where it is damaged.
+    from it, bit for bit on a CPU, or with a warning from the older one where it is damaged; on as many
+    processes as before, or any number where they split the groups.
     A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
     ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
     not finite, or weights are kept that are not."""
