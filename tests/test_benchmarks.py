@@ -107,6 +107,16 @@ def test_process_measures_what_tests_may_not_assert(tmp_path, monkeypatch):
     assert {"cpu", "cpus", "memory_gb", "packages", "load_average_1_min"} <= set(found["machine"])
 
 
+def test_two_processes_beside_what_is_foreseen_for_them(tmp_path, monkeypatch):
+    "Its figures want idle cores; that each way was measured on one and two processes, and foreseen, does not."
+    out = tmp_path / "processes.json"
+    monkeypatch.setattr(sys, "argv", ["processes.py", "--quick", "--out", str(out)])
+    script("processes").main()
+    found = json.loads(out.read_text())
+    assert set(found["median_s"]) == {"1", "2"} and set(found["median_s"]["2"]) == {"vae", "ncp", "groups", "samples", "exchange"}
+    assert set(found["foreseen"]) == {"vae", "ncp", "groups"} and len(found["targets"]) == 2
+
+
 def test_gpu_budgets_are_counted():
     "One group in ten, the first among them, keeps all proposals; the operations follow the evaluations."
     gpu = script("gpu")
