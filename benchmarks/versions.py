@@ -1,7 +1,7 @@
 """A training step and SIR, of this version and of another one, in turns: did they become slower? And how many calls is a deep step?
 
     git worktree add /some/folder COMMIT
-    python benchmarks/versions.py /some/folder       # about four minutes; writes benchmarks/results/versions.json
+    python benchmarks/versions.py /some/folder       # about ten minutes; writes benchmarks/results/versions.json
 """
 import json
 import os
@@ -14,7 +14,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 HERE = Path(__file__).resolve().parent.parent
-FULL = {"turns": 5, "steps": 200, "repeats": 12, "samples": 100, "proposals": 200, "preset": "celeba64-30", "parts": [1, 2, 8]}
+FULL = {"turns": 5, "steps": 200, "repeats": 12, "samples": 100, "proposals": 200, "preset": "celeba64-30", "parts": [1, 2]}
 QUICK = {"turns": 1, "steps": 3, "repeats": 1, "samples": 2, "proposals": 3, "preset": "photos32", "parts": [1]}
 
 
