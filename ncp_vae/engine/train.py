@@ -454,10 +454,9 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C
     and at the end, the one before it beside it as FILE.older; where it exists already the training goes on
     from it, bit for bit on a CPU, or with a warning from the older one where it is damaged; on as many
-    processes as before, or any number where they split the groups.
-    A CPU operation has one thread, unless the environment variable OMP_NUM_THREADS is set.
-    ValueError on bad settings or data; FloatingPointError before a step is taken whose loss or gradient is
-    not finite, or weights are kept that are not."""
+    processes as before, or any number where they split the groups. The environment variable OMP_NUM_THREADS
+    is the number of threads of a CPU operation, else one. ValueError on bad settings or data;
+    FloatingPointError before a step is taken whose loss or gradient, or weights are kept, that are not finite."""
     shared = _sharing(data, machine)
     _check_fit(loss, data, name, steps, lr, batch_size // shared.get("processes", 1), machine.parts,
                save_every)
