@@ -456,7 +456,7 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     from it, bit for bit on a CPU, or with a warning from the older one where it is damaged; on as many
     processes as before, or any number where they split the groups. The environment variable OMP_NUM_THREADS
     is the number of threads of a CPU operation, else one. ValueError on bad settings or data;
-    FloatingPointError before a step is taken whose loss or gradient, or weights are kept, that are not finite."""
+    FloatingPointError before a step is taken, or weights are kept, with anything that is not finite."""
     shared = _sharing(data, machine)
     _check_fit(loss, data, name, steps, lr, batch_size // shared.get("processes", 1), machine.parts,
                save_every)
