@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'ATTAINED', 'LAUNCH', 'aten', 'IMAGES', 'Device', 'Cost', 'Counting', 'counted', 'Stage', 'step_cost',
-           'with_optimizer', 'Draws', 'draw_cost', 'plan', 'not_counted', 'parts_for', 'forecast']
+           'Draws', 'draw_cost', 'plan', 'not_counted', 'parts_for', 'forecast']
 
 # %% ../../nbs/engine/predict.ipynb #706d521f
 from collections import Counter
@@ -274,10 +274,10 @@ def step_cost(stage: Stage) -> Cost:
         if stage.parts > 1:
             counting.times = stage.parts - 1.0
             _forward_backward(stage, x, given[1])
-    return with_optimizer(counting.cost, stage.loss, frozen)
+    return _with_optimizer(counting.cost, stage.loss, frozen)
 
 # %% ../../nbs/engine/predict.ipynb #b699fdb3
-def with_optimizer(cost: Cost, loss: nn.Module, frozen: list[nn.Module]) -> Cost:
+def _with_optimizer(cost: Cost, loss: nn.Module, frozen: list[nn.Module]) -> Cost:
     "What has been counted of a step, and the rest of it."
     weights = [weight for weight in loss.parameters() if weight.requires_grad]
     size = sum(weight.numel() * weight.element_size() for weight in weights)

@@ -39,7 +39,7 @@ from ..prior import NoiseContrastivePrior
 from ..proposals import LARS, Acceptance, PoolLoss, lars_pool_weight
 from ..resampling import SIR, Sampler, check_sampler
 from ..stages import Negatives, prior_negatives, stage_negatives
-from ..walk import Step, TopDownVAE, Trace, WithPriors, check_vae, from_posterior
+from ..walk import Step, TopDownVAE, Trace, WithPriors, check_vae, encoded, from_posterior
 
 # %% ../../nbs/engine/train.ipynb #finite01
 def _check_finite(who: str, **numbers: float) -> None:
@@ -609,8 +609,8 @@ def _eight(vae: TopDownVAE, data: Images, batch_size: int, seed: int) -> Tensor:
 def _score(vae: TopDownVAE, x: Tensor) -> Trace:
     "A walk from the posterior of images [B, *image]; what `elbo` raises, a warning where their range is odd."
     with torch.no_grad(), undisturbed(x.device):
-        elbo(vae, x)
-        walk = vae.walk(from_posterior(), evidence=vae.encode(x))
+        walk = vae.walk(from_posterior(), evidence=encoded(vae, x))
+        elbo_of(vae, walk, x)
     _warn_of_range(x, walk.likelihood)
     return walk
 
@@ -619,6 +619,11 @@ def _try_out(vae: TopDownVAE, x: Tensor) -> None:
     if not all(step.posterior.has_rsample for step in _score(vae, x).steps):
         raise ValueError("fit_vae needs reparameterised posteriors (has_rsample): otherwise the encoder "
                          "gets no gradient")
+
+# %% ../../nbs/engine/train.ipynb #9b644da7
+def groups_of(rank: int, processes: int, groups: int) -> range:
+    "The groups that a process trains where they are split: every so many, from its own number on."
+    return range(rank, groups, processes)
 
 # %% ../../nbs/engine/train.ipynb #3e5c11a7
 class NCELoss(nn.Module):
@@ -641,7 +646,8 @@ class NCELoss(nn.Module):
 
     def owner(self, name: str) -> int:
         "The process that trains the weight of this name, where they split the groups."
-        return int(name.split(".")[1]) % this_process().num_processes          # ratios.K.NAME
+        group, world = int(name.split(".")[1]), this_process().num_processes          # ratios.K.NAME
+        return next(rank for rank in range(world) if group in groups_of(rank, world, len(self.ratios)))
 
     def forward(self, x: Tensor, step: int) -> dict[str, Tensor]:
         if self.split:
@@ -654,7 +660,7 @@ class NCELoss(nn.Module):
 def _own_losses(loss: NCELoss, x: Tensor) -> dict[str, Tensor]:
     "The losses of this process's groups, and their sum."
     here = this_process()
-    groups = range(here.process_index, len(loss.ratios), here.num_processes)
+    groups = groups_of(here.process_index, here.num_processes, len(loss.ratios))
     seed = torch.randint(2**62, ()).item()               # of the step's stream, as the walk: the same on all
     def negatives(step: Step, z_q: Tensor) -> Negatives:
         reseed(stream(seed, "group", step.index), z_q.device)
