@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -53,6 +54,18 @@ def in_new_process(script, *arguments):
     "Run a script in a process of its own; the last line that it prints, read as JSON. Its errors are passed on."
     done = subprocess.run([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().split("\n")[-1])
+
+
+def processes(count, script, *arguments):
+    "So many processes of a script, each of one thread, that find each other by gloo; their `Popen`s, output as text."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    def environ(rank):
+        return {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": port,
+                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environ(rank))
+            for rank in range(count)]
 
 
 def machine():

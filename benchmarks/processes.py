@@ -4,9 +4,6 @@
     python benchmarks/processes.py --quick --out /some/file.json
 """
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -89,14 +86,7 @@ def measured(settings):
 
 def on(processes, settings):
     "What the first of so many processes measured."
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    def environment(rank):
-        return {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port,
-                "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen([sys.executable, __file__, "--measure", json.dumps(settings)], stdout=subprocess.PIPE, text=True,
-                                env=environment(rank)) for rank in range(processes)]
+    started = common.processes(processes, __file__, "--measure", json.dumps(settings))
     printed = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit("processes.py: a process failed; its error stands above")

@@ -107,6 +107,18 @@ def test_process_measures_what_tests_may_not_assert(tmp_path, monkeypatch):
     assert {"cpu", "cpus", "memory_gb", "packages", "load_average_1_min"} <= set(found["machine"])
 
 
+def test_survival_ends_the_same(tmp_path, monkeypatch):
+    "A training killed inside a save, and work on a disk without room; the many kills, also of two processes, are for the script."
+    out = tmp_path / "survival.json"
+    monkeypatch.setattr(sys, "argv", ["survival.py", "--quick", "--out", str(out)])
+    script("survival").main()
+    found = json.loads(out.read_text())
+    assert all(way["killed"] == 1 and way["same_weights"] and way["same_history"] for way in found["killed"].values())
+    for work in () if "not run" in found["full_disk"] else found["full_disk"].values():
+        assert work["failed_for_want_of_room"] > 0 and work["ended_the_same"] == work["rooms"]
+    assert set(found["runs_cpu_s"]) == {"list", "report", "status"} and not list(tmp_path.glob("tmp*"))
+
+
 def test_two_processes_beside_what_is_foreseen_for_them(tmp_path, monkeypatch):
     "Its figures want idle cores; that each way was measured on one and two processes, and foreseen, does not."
     out = tmp_path / "processes.json"

@@ -1,6 +1,8 @@
 """Files that are whole or not there: what is refused, and writing aside and renaming, also of folders. Trainings that are killed: test_train.py."""
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -126,6 +128,42 @@ def test_the_older_one_goes_when_the_newer_is_read_back_and_not_before(tmp_path,
         checkpoint.save(path, dict(step=3), keep=True)
     assert sorted(tmp_path.iterdir()) == [path, checkpoint.older(path)]
     assert [checkpoint.load(file)["step"] for file in (path, checkpoint.older(path))] == [2, 1]
+
+
+def test_a_disk_that_is_full_at_any_byte(tmp_path):
+    """A limit on the size of files stands for it, here and in `store.save`: an error, what was there stays, and nothing else is there.
+
+    In a process of its own, since such a limit cannot be lifted again."""
+    code = """
+import resource, shutil, signal, sys, torch
+from pathlib import Path
+from ncp_vae.engine import checkpoint, store
+from ncp_vae.models.ratios import MLPRatio
+place, model = Path(sys.argv[1]), MLPRatio(1, hidden=(8,))
+for step in (1, 2):
+    checkpoint.save(place / "a.pt", dict(step=step, w=torch.ones(300)), keep=True)
+size = (place / "a.pt").stat().st_size
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+failed = 0
+for limit in range(0, size, 100):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for write in (lambda: checkpoint.save(place / "a.pt", dict(step=3, w=torch.ones(300)), keep=True), lambda: store.save(model, place / "model")):
+        try:
+            write()
+        except OSError as error:
+            failed += error.strerror == "File too large"
+            assert sorted(file.name for file in place.iterdir()) == ["a.pt", "a.pt.older"]
+    assert [checkpoint.load(place / name)["step"] for name in ("a.pt", "a.pt.older")] == [2, 1]
+    shutil.rmtree(place / "model", ignore_errors=True)
+print(failed)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+checkpoint.save(place / "a.pt", dict(step=3), keep=True)
+print([checkpoint.load(place / name)["step"] for name in ("a.pt", "a.pt.older")])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    failed, steps = done.stdout.split(maxsplit=1)
+    assert int(failed) > 30 and steps == "[3, 2]\n"
 
 
 def test_a_file_system_without_links_has_a_copy(tmp_path, monkeypatch):

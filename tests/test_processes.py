@@ -352,6 +352,33 @@ def test_nobody_waits_for_ever(how, seconds, tmp_path):
     assert torch.load(tmp_path / "state", weights_only=True)["step"] == 3
 
 
+def killed_in_a_save(folder):
+    "The first process, before the third time that it renames a file: inside its second save."
+    left, rename = iter((1, 2)), os.replace
+    def watched(*names):
+        if not second() and not next(left, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*names)
+    os.replace = watched
+    return goes_on(folder)
+
+
+def goes_on(folder):
+    loss = Fails()
+    fit(loss, points(), checkpoint=folder / "state", history=folder / "history", save_every=0.0, log_every=1, **FEW)
+    return loss.w.detach()
+
+
+def test_killed_inside_a_save_and_resumed_to_the_bit(both, tmp_path):
+    "The other process ends with an error; both started anew go on from the last whole file, and the history has no gap and no repeat."
+    first, other = launch(killed_in_a_save, tmp_path, 300.0)
+    assert first is None and "Error" in other
+    assert torch.load(tmp_path / "state", weights_only=True)["step"] == 1
+    for found, alone in zip(launch(goes_on, tmp_path, 300.0), both, strict=True):
+        assert torch.equal(found, alone["goes_on"])
+    assert [row["step"] for row in lines(tmp_path / "history")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def other_checkpoints(folder):
     "A training of four steps; then the second process looks for its checkpoint elsewhere, or all are given another seed each."
     def train(steps, file, **changes):
@@ -397,4 +424,4 @@ def test_shared_numbers_are_those_of_one_process(both, tmp_path):
         assert found["rows"] == alone["rows"]
 
 
-WORK = (data_parallel, one_model, split, interrupted, refused, stops, other_checkpoints, shared_numbers)
+WORK = (data_parallel, one_model, split, interrupted, refused, stops, goes_on, other_checkpoints, shared_numbers)

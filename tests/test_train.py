@@ -14,6 +14,7 @@ from torch import nn
 
 from ncp_vae.bound import elbo
 from ncp_vae.engine import checkpoint
+from ncp_vae.engine import train as train_module
 from ncp_vae.engine.batches import _index_batches, batches, digest
 from ncp_vae.engine.data import Binarized
 from ncp_vae.engine.streams import stream
@@ -316,6 +317,24 @@ def test_wrong_content_under_a_right_sum_is_refused_before_anything_changes(what
     with pytest.raises(ValueError, match="a.ckpt (holds no state|is no checkpoint)"):
         fit(loss, SQUARES, **{**FEW, "steps": 6}, name="squares", checkpoint=path)
     assert not loss.w.any()
+
+
+def test_saves_take_at_most_a_fortieth_of_the_time(tmp_path, monkeypatch):
+    "Steps of a second and saves of two, by a clock of its own: after three seconds the first, then every eighty."
+    now, saved = [0.0], []
+    def took(seconds, note=()):
+        now[0] += seconds
+        saved.extend(note)
+    monkeypatch.setattr(train_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train_module, "_keep", lambda training: took(2.0, [training.step]))
+    class Slow(Squares):
+        def forward(self, x, step):
+            took(1.0)
+            return super().forward(x, step)
+    for every, expected in ((3.0, [4, 85, 166, 200]), (90.0, [91, 182, 200]), (0.0, [*range(1, 201), 200])):
+        saved.clear()
+        fit(Slow(), SQUARES, **{**FEW, "steps": 200}, name="slow", checkpoint=tmp_path / "a.ckpt", save_every=every)
+        assert saved == expected
 
 
 def killed_at(calls, path, history):

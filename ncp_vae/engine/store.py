@@ -17,7 +17,8 @@ from typing import Any, Sequence
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as in_bytes
 from torch import Tensor, nn
 
 from .checkpoint import replacing
@@ -144,7 +145,8 @@ def save(model: nn.Module, folder: str | Path, about: dict | None = None) -> Pat
     """Write a model to a new folder: a VAE, a law, a ratio, or a prior with all that it stands on.
 
     about: plain values for the manifest. ValueError where the folder exists, or the model cannot be
-    built again from what it keeps, or stands on a module that is no part of it."""
+    built again from what it keeps, or stands on a module that is no part of it; OSError where the disk is
+    full, and then nothing is left of it."""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already: name a new folder")
@@ -155,7 +157,7 @@ def save(model: nn.Module, folder: str | Path, about: dict | None = None) -> Pat
         part.mkdir()
         weights = {name: value.detach().cpu().contiguous().clone()
                    for name, value in model.state_dict().items()}
-        save_file(weights, part / _FILES[1])
+        (part / _FILES[1]).write_bytes(in_bytes(weights))
         (part / _FILES[0]).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         (part / "SHA256SUMS").write_text("\n".join([*_sums_of(part), ""]), encoding="utf-8")
     return folder

@@ -370,6 +370,22 @@ def _log_of(training: _Training, bar: tqdm, log: Callable[[dict], None], log_eve
             log(row)
     return told
 
+class _Pause:
+    "Of so many seconds between two saves, or of 40 times what the last one took, if that is longer; 0 is 0."
+    def __init__(self, seconds: float):
+        self.asked = self.seconds = seconds
+        self.began = time.monotonic()
+
+    def is_over(self) -> bool:
+        return time.monotonic() - self.began > self.seconds
+
+    def after(self, save: Callable[[], None]) -> None:
+        "Save, and begin anew."
+        called = time.monotonic()
+        save()
+        self.began = time.monotonic()
+        self.seconds = self.asked and max(self.asked, 40 * (self.began - called))
+
 def _first_says(training: _Training, yes: bool) -> bool:
     "What the first process says: clocks differ, and all must do the same."
     here = training.accelerator
@@ -387,16 +403,15 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
     bar = tqdm(left, name, steps, initial=training.step, mininterval=2.0, leave=False,
                disable=not here.is_main_process)
     tell = _log_of(training, bar, log, log_every)
-    saved = time.monotonic()
+    pause = _Pause(save_every)
     held = checkpoints.hold_interrupt() if here.num_processes > 1 else nullcontext([])
     with held as training.interrupts:
         try:
             with undisturbed(here.device), torch.enable_grad(), bar:
                 for terms in bar:
                     tell(terms)
-                    if _first_says(training, time.monotonic() - saved > save_every):
-                        _keep(training)
-                        saved = time.monotonic()
+                    if _first_says(training, pause.is_over()):
+                        pause.after(partial(_keep, training))
         finally:
             _keep(training)
     training.share()
@@ -451,11 +466,11 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
     batch_size: of all processes together. about: plain values which a checkpoint must agree with too.
     monitor: called MONITORED times; what it returns is a line of history too, under "NAME held-out". Where it
     has a "loss", the training ends with the weights of the lowest from step best_from on, "best_step" there.
-    history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, at Ctrl-C
-    and at the end, the one before it beside it as FILE.older; where it exists already the training goes on
-    from it, bit for bit on a CPU, or with a warning from the older one where it is damaged; on as many
-    processes as before, or any number where they split the groups. The environment variable OMP_NUM_THREADS
-    is the number of threads of a CPU operation, else one. ValueError on bad settings or data;
+    history: a JSON-lines file, appended. checkpoint: a file, written every `save_every` seconds, but at most
+    for a fortieth of the time (0: after every step), at Ctrl-C and at the end, the one before it beside it as
+    FILE.older; where it exists the training goes on from it, bit for bit on a CPU, or with a warning from the
+    older one if damaged; on as many processes as before, or any number where they split the groups.
+    A CPU operation takes OMP_NUM_THREADS threads, else one. ValueError on bad settings or data;
     FloatingPointError before a step is taken, or weights are kept, with anything that is not finite."""
     shared = _sharing(data, machine)
     _check_fit(loss, data, name, steps, lr, batch_size // shared.get("processes", 1), machine.parts,
