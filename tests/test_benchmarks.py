@@ -125,8 +125,9 @@ def test_two_processes_beside_what_is_foreseen_for_them(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["processes.py", "--quick", "--out", str(out)])
     script("processes").main()
     found = json.loads(out.read_text())
-    assert set(found["median_s"]) == {"1", "2"} and set(found["median_s"]["2"]) == {"vae", "ncp", "groups", "samples", "exchange"}
-    assert set(found["foreseen"]) == {"vae", "ncp", "groups"} and len(found["targets"]) == 2
+    batch, = found["batches"].values()
+    assert set(batch["median_s"]) == {"1", "2"} and set(batch["median_s"]["2"]) == {"vae", "ncp", "groups", "samples", "exchange"}
+    assert set(batch["foreseen"]) == {"vae", "ncp", "groups"} and len(found["targets"]) == 2
 
 
 def test_gpu_budgets_are_counted():
