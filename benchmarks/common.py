@@ -56,16 +56,17 @@ def in_new_process(script, *arguments):
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
-def processes(count, script, *arguments):
-    "So many processes of a script, each of one thread, that find each other by gloo; their `Popen`s, output as text."
+def free_port():
+    "A port of this machine that nobody listens at."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    def environ(rank):
-        return {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": port,
-                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return [subprocess.Popen([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environ(rank))
-            for rank in range(count)]
+        return str(free.getsockname()[1])
+
+
+def rank_environment(count, rank, port):
+    "The variables by which one of so many processes, each of one thread, finds the others by gloo."
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def machine():

@@ -4,6 +4,8 @@
     python benchmarks/processes.py --quick --out /some/file.json
 """
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -86,7 +88,9 @@ def measured(settings):
 
 def on(processes, settings):
     "What the first of so many processes measured."
-    started = common.processes(processes, __file__, "--measure", json.dumps(settings))
+    port = common.free_port()
+    started = [subprocess.Popen([sys.executable, __file__, "--measure", json.dumps(settings)], stdout=subprocess.PIPE, text=True,
+                                env=os.environ | common.rank_environment(processes, rank, port)) for rank in range(processes)]
     printed = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit("processes.py: a process failed; its error stands above")

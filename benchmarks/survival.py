@@ -1,6 +1,6 @@
 """Trainings that are killed, a disk that fills up, what a checkpoint costs, and two hundred runs in a folder.
 
-    python benchmarks/survival.py               # about a quarter of an hour; writes benchmarks/results/survival.json
+    python benchmarks/survival.py               # about ten minutes; writes benchmarks/results/survival.json
     python benchmarks/survival.py --quick --out /some/file.json
 """
 import json
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
 
@@ -31,10 +32,15 @@ from ncp_vae.models.hierarchical import DenseHierarchy                          
 from ncp_vae.models.nvae import NVAE, preset                                                   # noqa: E402
 
 WAYS = [("vae", 1), ("ncp", 1), ("vae", 2), ("ncp", 2), ("groups", 2)]
-FULL = {"ways": WAYS, "kills": 20, "steps": 6000, "after": 1.5, "calls": 60, "every": 0.1, "free_kb": range(0, 2000, 4),
+FULL = {"ways": WAYS, "kills": 20, "steps": 6000, "after": 1.5, "calls": 60, "every": 0.1, "free_kb": range(0, 600, 4),
         "models": ["fashion_mnist8-5", "celeba64-30"], "saves": 3, "runs": 200}
-QUICK = {"ways": [("vae", 1)], "kills": 1, "steps": 100, "after": 0.1, "calls": 8, "every": 0.02,
-         "free_kb": range(0, 2000, 400), "models": ["digits"], "saves": 1, "runs": 3}
+QUICK = {"ways": [("groups", 2)], "kills": 1, "steps": 100, "after": 0.1, "calls": 8, "every": 0.02,
+         "free_kb": range(0, 600, 120), "models": ["digits"], "saves": 1, "runs": 3}
+
+
+# Forked from a server that has imported everything and computed nothing: a fork of this process could not run autograd.
+FORKS = torch.multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ncp_vae.engine.train", "ncp_vae.engine.store", "ncp_vae.models.nvae", "torch._dynamo"])
 
 
 # ---- killed ---------------------------------------------------------------------------------------------------------
@@ -69,7 +75,6 @@ def trained(kind, folder, steps, every):
 
 def attempt(kind, folder, steps, every, rank, calls, seconds):
     "What each process does: train; the process of this rank dies on the way, and none where it is -1."
-    folder = Path(folder)
     here = this_process()
     os.dup2(os.open(folder / f"{here.process_index}.err", os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
     if here.process_index == rank:
@@ -79,17 +84,27 @@ def attempt(kind, folder, steps, every, rank, calls, seconds):
         checkpoint.save(folder / "weights.pt", weights)
 
 
+def one_of(count, rank, port, arguments):
+    "A process of gloo that makes the attempt."
+    os.environ.update(common.rank_environment(count, rank, port))
+    torch.set_num_threads(1)
+    attempt(*arguments)
+
+
 def run_once(count, arguments, seed):
-    "One attempt on so many processes; the ones left when the first has gone are killed within a second. Their exit codes."
-    started = common.processes(count, __file__, "--attempt", json.dumps(arguments))
-    if arguments[4] >= 0:
-        while all(process.poll() is None for process in started):
-            time.sleep(0.01)
-        if any(process.returncode for process in started):
-            time.sleep(random.Random(seed).uniform(0, 1))
-            for process in started:
-                process.kill()
-    return [process.wait() for process in started]
+    "One attempt on so many processes; the ones left when the first has died are killed within a second. Their exit codes."
+    port = common.free_port()
+    started = [FORKS.Process(target=one_of, args=(count, rank, port, arguments)) for rank in range(count)]
+    for process in started:
+        process.start()
+    wait([process.sentinel for process in started])
+    if any(process.exitcode for process in started):
+        time.sleep(random.Random(seed).uniform(0, 1))
+        for process in started:
+            process.kill()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
 
 
 def equal(one, other):
@@ -110,17 +125,17 @@ def killed(settings, kind, count, place):
     for each in (alone, folder):
         each.mkdir()
     how = [settings["steps"], settings["every"]]
-    failed = any(run_once(count, [kind, str(alone), *how, -1, 0, None], 0))
+    failed = any(run_once(count, [kind, alone, *how, -1, 0, None], 0))
     for number in range(settings["kills"]):
         seed = f"{kind} {count} {number}"
         draw, inside = random.Random(seed), number % 2 == 0
         rank = 0 if inside else draw.randrange(count)
         calls, seconds = draw.randint(1, settings["calls"]), None if inside else draw.uniform(0, settings["after"])
-        codes = run_once(count, [kind, str(folder), *how, rank, calls, seconds], seed)
+        codes = run_once(count, [kind, folder, *how, rank, calls, seconds], seed)
         if codes[rank] != -signal.SIGKILL:
             raise SystemExit(f"{kind}, {count} processes, attempt {number}: {codes}; see {folder}")
         began.append(checkpoint.load(folder / "state.ckpt")["step"] if (folder / "state.ckpt").exists() else 0)
-    failed = any(run_once(count, [kind, str(folder), *how, -1, 0, None], 0)) or failed
+    failed = any(run_once(count, [kind, folder, *how, -1, 0, None], 0)) or failed
     (weights, rows), (others, other_rows) = ended(alone), ended(folder)
     same = not failed and all(equal(weights[key], others[key]) for key in weights)
     return {"killed": len(began), "steps": settings["steps"], "kept_at": began, "same_weights": same, "same_history": rows == other_rows}
@@ -242,9 +257,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--attempt"]:
-        attempt(*json.loads(sys.argv[2]))
-    elif sys.argv[1:2] == ["--full"]:
+    if sys.argv[1:2] == ["--full"]:
         print(json.dumps(full(Path(sys.argv[2]), json.loads(sys.argv[3]))))
     else:
         main()

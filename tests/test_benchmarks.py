@@ -107,11 +107,10 @@ def test_process_measures_what_tests_may_not_assert(tmp_path, monkeypatch):
     assert {"cpu", "cpus", "memory_gb", "packages", "load_average_1_min"} <= set(found["machine"])
 
 
-def test_survival_ends_the_same(tmp_path, monkeypatch):
+def test_survival_ends_the_same(tmp_path):
     "A training killed inside a save, and work on a disk without room; the many kills, also of two processes, are for the script."
     out = tmp_path / "survival.json"
-    monkeypatch.setattr(sys, "argv", ["survival.py", "--quick", "--out", str(out)])
-    script("survival").main()
+    subprocess.run([sys.executable, FOLDER / "survival.py", "--quick", "--out", out], check=True)
     found = json.loads(out.read_text())
     assert all(way["killed"] == 1 and way["same_weights"] and way["same_history"] for way in found["killed"].values())
     for work in () if "not run" in found["full_disk"] else found["full_disk"].values():
