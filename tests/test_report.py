@@ -528,6 +528,14 @@ def test_priors_on_one_frozen_vae_are_rows_whatever_they_are_called(with_flows):
     assert base["distance (n = 2,000)"] == "80.0 ± 3.0" and flow["nearer than the base by"] == "30.0 ± 1.0"
 
 
+def test_a_hierarchy_shows_the_number_of_each_group(tmp_path):
+    sizes = {f"ess_{k}_ncp": dict(value=value, std_error=0.5) for k, value in enumerate((20.0, 9.0))}
+    write(tmp_path / "r", "priors", "cpu", {}, {"gain_ncp": dict(value=1.0, std_error=0.1), **sizes, "ess_snis": dict(value=5.0, std_error=0.5),
+                                                "gain_snis": dict(value=1.0, std_error=0.1)})
+    rows = table(report.sections(*report.read_results(tmp_path))["Priors on one frozen VAE"])
+    assert [row["ESS"] for row in rows] == ["20.00 ± 0.50; 9.00 ± 0.50", "5.00 ± 0.50"]
+
+
 def test_the_verdict_names_the_leaders_and_whether_their_lead_is_beyond_its_error(with_flows):
     for seed in range(3):
         frozen(with_flows, seed)

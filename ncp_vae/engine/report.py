@@ -11,7 +11,7 @@ import re
 import shlex
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from itertools import groupby
+from itertools import count, groupby, takewhile
 from math import hypot, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -261,6 +261,11 @@ def _priors_of(family: list) -> list[str]:
     return [name for name in dict.fromkeys(["base", *gained, *how["priors"]])
             if any(f"{column}_{name}" in metrics for column in how["columns"])]
 
+def _of_prior(family: list, what: str, name: str, usual: int | None) -> str:
+    "A number of a prior; where a hierarchy has one for each group, all of these."
+    groups = [*takewhile(family[0].metrics.__contains__, (f"{what}_{k}_{name}" for k in count()))]
+    return "; ".join(_of_seeds(family, each, usual) for each in groups or [f"{what}_{name}"])
+
 def _priors(runs: list) -> str:
     "For each frozen VAE a table of the priors on it: their likelihood, their samples, their costs."
     parts = []
@@ -271,7 +276,7 @@ def _priors(runs: list) -> str:
         heads = [title + (f" (n = {usual[what]:,})" if usual[what] else "")
                  for what, title in how["columns"].items()]
         lines = [[how["priors"].get(name, name),
-                  *(_of_seeds(family, f"{what}_{name}", usual[what]) for what in usual)] for name in names]
+                  *(_of_prior(family, what, name, usual[what]) for what in usual)] for name in names]
         parts += [f"**{_about(family[0], 'model')}, on {_label(family)}.**", _table(["prior", *heads], lines)]
     return "\n\n".join(parts) or "No run."
 
