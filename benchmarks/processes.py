@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common                                                                                  # noqa: E402
 import predicted                                                                               # noqa: E402
 
-from ncp_vae.engine import cost, predict                                                       # noqa: E402
+from ncp_vae.engine import predict                                                             # noqa: E402
 from ncp_vae.engine.processes import drawn_in_blocks, this_process                             # noqa: E402
 from ncp_vae.engine.scale import Cluster, exchange, share                                      # noqa: E402
 from ncp_vae.engine.train import Machine, fit_ncp, fit_vae                                     # noqa: E402
