@@ -46,14 +46,19 @@ class Damaged(ValueError):
 _SUM, _BLOCK = sha256().digest_size, 2**20      # bytes: at the end of a file, and in memory at a time
 
 class _Summed:
-    "A file that is being written, and the sum of it so far."
+    "A file that is being written, the sum of it so far, and the error that ended that."
     def __init__(self, file):
         self.file = file
         self.sum = sha256()
+        self.error = None
 
     def write(self, data) -> int:
         self.sum.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -87,7 +92,10 @@ def save(path: str | Path, state: dict, keep: bool = False) -> Path:
     with replacing(path) as part:
         with open(part, "wb") as file:
             summed = _Summed(file)
-            torch.save(state, summed)
+            try:
+                torch.save(state, summed)
+            except RuntimeError as error:            # what torch makes of an error of the disk
+                raise summed.error or error from error
             file.write(summed.sum.digest())
         with open(part, "rb") as file:
             if not _is_whole(file):
