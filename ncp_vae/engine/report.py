@@ -266,6 +266,7 @@ def _of_prior(family: list, what: str, name: str, usual: int | None) -> str:
     groups = [*takewhile(family[0].metrics.__contains__, (f"{what}_{k}_{name}" for k in count()))]
     return "; ".join(_of_seeds(family, each, usual) for each in groups or [f"{what}_{name}"])
 
+# %% ../../nbs/engine/report.ipynb #94d88989
 def _priors(runs: list) -> str:
     "For each frozen VAE a table of the priors on it: their likelihood, their samples, their costs."
     parts = []
