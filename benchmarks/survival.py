@@ -1,6 +1,6 @@
 """Trainings that are killed, a disk that fills up, what a checkpoint costs, and two hundred runs in a folder.
 
-    python benchmarks/survival.py               # about ten minutes; writes benchmarks/results/survival.json
+    python benchmarks/survival.py               # about twenty minutes; writes benchmarks/results/survival.json
     python benchmarks/survival.py --quick --out /some/file.json
 """
 import json

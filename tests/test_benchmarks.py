@@ -108,7 +108,7 @@ def test_process_measures_what_tests_may_not_assert(tmp_path, monkeypatch):
 
 
 def test_survival_ends_the_same(tmp_path):
-    "A training killed inside a save, and work on a disk without room; the many kills, also of two processes, are for the script."
+    "A training of two processes killed once inside a save, and work on a disk without room; the other ways and the many kills are for the script."
     out = tmp_path / "survival.json"
     subprocess.run([sys.executable, FOLDER / "survival.py", "--quick", "--out", out], check=True)
     found = json.loads(out.read_text())

@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_at_any_byte(tmp_path):
     """A limit on the size of files stands for it, here and in `store.save`: an error, what was there stays, and nothing else is there.
 
     torch.save has words of its own for it where a tensor is larger than a buffer; safetensors has an error of its own.
-    In a process of its own, since such a limit cannot be lifted again."""
+    In a process of its own, since the limit is one on all that it writes."""
     code = """
 import resource, shutil, signal, sys, torch
 from pathlib import Path
