@@ -7,7 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.nn import functional as F
 
-from ncp_vae.engine import train
+from ncp_vae.engine import loop
 from ncp_vae.engine.data import load, load_labels
 from ncp_vae.engine.features import (FeatureNet, _TurnLoss, _all_turns, embed, feature_distance, fit_features, frechet_distance, gaussian_fit,
                                      precision_recall, turns_told)
@@ -169,7 +169,7 @@ def test_a_kept_network_comes_back_without_training(net, digits, tmp_path, monke
     kept = fit_features(*digits, **SETTINGS, checkpoint=tmp_path / "net.pt")
     def no_step(*args):
         raise AssertionError("a finished training took a step")
-    monkeypatch.setattr(train, "_take_step", no_step)
+    monkeypatch.setattr(loop, "_take_step", no_step)
     back = fit_features(*digits, **SETTINGS, checkpoint=tmp_path / "net.pt")
     for found in (kept, back):
         assert torch.equal(embed(net, digits[0]), embed(found, digits[0]))

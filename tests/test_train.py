@@ -14,11 +14,12 @@ from torch import nn
 
 from ncp_vae.bound import elbo
 from ncp_vae.engine import checkpoint
-from ncp_vae.engine import train as train_module
+from ncp_vae.engine import loop
 from ncp_vae.engine.batches import _index_batches, batches, digest
 from ncp_vae.engine.data import Binarized
 from ncp_vae.engine.streams import stream
-from ncp_vae.engine.train import MONITORED, Machine, Recipe, VAELoss, fit, fit_ebm, fit_lars, fit_ncp, fit_snis, fit_vae
+from ncp_vae.engine.loop import MONITORED, Machine, Recipe, fit
+from ncp_vae.engine.train import VAELoss, fit_ebm, fit_lars, fit_ncp, fit_snis, fit_vae
 from ncp_vae.flows import RealNVP
 from ncp_vae.models.flat import DenseVAE
 from ncp_vae.models.hierarchical import DenseHierarchy
@@ -325,8 +326,8 @@ def test_saves_take_at_most_a_fortieth_of_the_time(tmp_path, monkeypatch):
     def took(seconds, note=()):
         now[0] += seconds
         saved.extend(note)
-    monkeypatch.setattr(train_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train_module, "_keep", lambda training: took(2.0, [training.step]))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "_keep", lambda training: took(2.0, [training.step]))
     class Slow(Squares):
         def forward(self, x, step):
             took(1.0)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .data import check_images
 from .neighbours import nearest
-from .train import fit
+from .loop import fit
 from ..measured import Measured, mean_of
 
 # %% ../../nbs/engine/features.ipynb #3442c80a

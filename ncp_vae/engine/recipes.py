@@ -19,7 +19,7 @@ from .data import Rows
 from .experiment import home, read_json, state_of
 from .groups import device_of
 from .stored import Stored, reduce_bits
-from .train import Machine, Recipe
+from .loop import Machine, Recipe
 from ..models.batch_norm import readjusted_batch_norm
 from ..models.hierarchical import DenseHierarchy, hidden_for
 from ..models.nvae import NVAE, preset

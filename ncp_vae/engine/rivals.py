@@ -17,7 +17,7 @@ from torch import nn
 from . import store
 from .cost import flops, training_seconds
 from .evaluate import record
-from .train import fit
+from .loop import fit
 from ..flows import MatchingLoss
 from ..measured import Measured
 from ..models.priors import GaussianMixture
