@@ -123,6 +123,10 @@ def _label(family: list) -> str:
     names = ", ".join(f"`{run.name}`" for run in family)
     return f"{paper.DATA.get(family[0].data, family[0].data)} ({names})"
 
+def _named(family: list) -> str:
+    "The first name of runs that differ by their seed, and how many they are."
+    return f"`{family[0].name}`" + (f" ({len(family)} seeds)" if family[1:] else "")
+
 # %% ../../nbs/engine/report.ipynb #35d63693
 def _doubts(run: SimpleNamespace) -> list[str]:
     "k-hat from its threshold on, and log mean ratios that are known to no better than 0.1."
@@ -302,15 +306,11 @@ def _leader(family: list, kind: str) -> str:
     return text
 
 # %% ../../nbs/engine/report.ipynb #e2471f3b
-def _leaders(runs: list) -> list[str]:
-    "The verdicts on comparisons of priors, one an experiment: who has the best likelihood and distance."
-    said = {}
-    for family in _compared(runs):
-        said.setdefault(family[0].experiment, []).append(
-            f"On {_label(family)} the best likelihood has {_leader(family, 'likelihood')}; the lowest "
-            f"distance has {_leader(family, 'distance')}.")
-    begin = "- **Priors on one frozen VAE,** a comparison of ours. "
-    return [begin + " ".join(each) for each in said.values()]
+def _leaders(runs: list) -> str:
+    "Of each comparison of priors, a table: who has the best likelihood and who the lowest distance."
+    return _table(["priors on one frozen VAE, of", "best likelihood", "lowest distance"],
+                  [[_named(family), *(_leader(family, kind) for kind in ("likelihood", "distance"))]
+                   for family in _compared(runs)])
 
 # %% ../../nbs/engine/report.ipynb #ed3db774
 def _strange(runs: list) -> str:
@@ -350,43 +350,46 @@ def _items(names: list[str]) -> str:
     return "; ".join(f"{kind} {_ranges(numbers)}" for kind, numbers in found.items())
 
 # %% ../../nbs/engine/report.ipynb #92adf913
-def _said(row: SimpleNamespace) -> str:
-    "A row's gain, and on which data."
-    return f"{row.gain.short(' ± ')} {row.gain.unit} on {_label(row.family)}"
+def _own(rows: list) -> str:
+    "One line: what the paper's own experiment says to the claim of these rows."
+    claim, yes = rows[0].claim, [row for row in rows if row.answer == "yes"]
+    status = "Not reproduced" if not yes else "Reproduced" if len(yes) == len(rows) else "Reproduced in part"
+    found = [f"{row.gain.short(' ± ')} {row.gain.unit}{_MARKS[row.answer]} on {_label(row.family)}"
+             for row in rows]
+    return (f"- **{status}.** {_items(claim.items)}: {claim.says}; by {', '.join(found)}; "
+            f"in the paper {paper.printed(claim)}.")
 
-def _verdict_on(rows: list) -> str:
-    "One line: what the paper's own experiment, or what the stand-ins, say to the claim of these rows."
+def _stand_in(rows: list) -> list[str]:
+    "The table's row of a claim: on how many stand-ins it is seen, by how much at least and at most."
+    order = sorted(rows, key=lambda row: row.gain.value)
+    least, most = (f"{row.gain.short(' ± ')} {row.gain.unit}{_MARKS[row.answer]}, {_named(row.family)}"
+                   for row in (order[0], order[-1]))
+    seen = sum(row.answer == "yes" for row in rows)
     claim = rows[0].claim
-    yes = sorted((row for row in rows if row.answer == "yes"), key=lambda row: row.gain.value)
-    rest = [f"**{row.answer}**: {_said(row)}" for row in rows if row.answer != "yes"]
-    ends = dict.fromkeys(_said(row) for row in (yes[0], yes[-1])) if yes else []
-    status = (f"Stand-ins only, beyond its error on {len(yes)} of {len(rows)}" if not rows[0].own else
-              "Reproduced" if not rest else "Reproduced in part" if yes else "Not reproduced")
-    parts = [*[f"by {' to '.join(ends)}"] * bool(ends), *rest,
-             *[f"in the paper {paper.printed(claim)}"] * rows[0].own]
-    return f"- **{status}.** {_items(claim.items)}: {claim.says}; {'; '.join(parts)}."
+    return [claim.says, _items(claim.items), f"**{seen} of {len(rows)}**", least, most * (len(rows) > 1)]
 
 # %% ../../nbs/engine/report.ipynb #4de51aae
 def _verdict(rows: list, runs: list) -> str:
-    "What was reproduced, what was never run, what stand-ins say, what got worse, what is doubtful."
-    lines = {own: [_verdict_on(found) for claim in paper.CLAIMS
-                   if (found := [row for row in rows if row.claim is claim and row.own == own])]
-             for own in (True, False)}
+    "What was reproduced, what was never run, what got worse, what is doubtful; what stand-ins say."
+    own, others = ([found for claim in paper.CLAIMS
+                    if (found := [row for row in rows if row.claim is claim and row.own == own])]
+                   for own in (True, False))
     missing = [item.name for item in paper.ITEMS.values()
                if not item.experiments or not all(_made_by(asked, runs) for asked in item.experiments)]
     worse = dict.fromkeys(
-        f"{title.partition(',')[0]} {shown.partition(' (')[0]} on {_label(row.family)}"
+        f"{title.partition(',')[0]} {shown.partition(' (')[0]} ({_named(row.family)})"
         for row in rows for title, (shown, answer) in row.more.items() if "worse" in answer)
     doubted = dict.fromkeys(f"`{run.name}`" for row in rows for run in row.family if _doubts(run))
-    return "\n".join([
-        *(lines[True] or ["- **Nothing was reproduced:** none of the papers' own experiments was run."]),
-        *["- **Never run,** so neither reproduced nor refuted: the papers' own experiments for "
-          f"{_items(missing)}. What each needs stands under *Not run*. The lines that follow are about other "
-          "data and smaller nets: they say whether an effect is there."] * bool(missing),
-        *lines[False],
-        *_leaders(runs),
-        *[f"- **What got worse:** {'; '.join(worse)}."] * bool(worse),
-        *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)])
+    lines = [*(map(_own, own) if own else
+               ["- **Nothing was reproduced:** none of the papers' own experiments was run."]),
+             *["- **Never run,** so neither reproduced nor refuted: the papers' own experiments for "
+               f"{_items(missing)}. What each needs stands under *Not run*."] * bool(missing),
+             *[f"- **What got worse:** {'; '.join(worse)}."] * bool(worse),
+             *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)]
+    head = ["on other data and with smaller nets", "of", "seen on", "by at least", "by at most"]
+    tables = ["Stand-ins are no reproduction. *Seen* wants 2.5 errors, *soft* is 2 to 2.5, ≈ is within 2.",
+              _table(head, [_stand_in(found) for found in others])] * bool(others)
+    return "\n\n".join(["\n".join(lines), *tables, *[_leaders(runs)] * bool(_compared(runs))])
 
 # %% ../../nbs/engine/report.ipynb #c35de6c7
 def _claim_tables(rows: list) -> str:
