@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
 from ncp_vae.engine.parameters import find_experiment
@@ -103,14 +104,16 @@ def test_the_site_shows_kept_notebooks_instead_of_the_smallest_ones(docs, tmp_pa
 
 
 def test_the_readme_says_what_the_runs_found():
-    "At most eight rows, each with the run's own number and the law that it is about; the rest is in RESULTS.md (test_report.py)."
-    names = "|".join(run.name for run in RUNS)
-    rows = re.findall(rf"^\| ({names}) \| (\w+) \| ([^|]+) \| ([^|]+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert 4 <= len(rows) <= 8
-    for name, key, law, number in rows:
-        metric = json.loads((ROOT / "results" / name / "metrics.json").read_text())["metrics"][key]
-        assert number == f"{metric['value']:.3f} ± {metric['std_error']:.3f}", (name, key)
-        assert law in ("base prior", "p_NCP", "SIR"), (name, key)
+    """At most eight rows, each with the mean over its runs, the error of one of them, the deviation between them, and the law that it is
+    about; the rest is in RESULTS.md (test_report.py)."""
+    rows = re.findall(r"^\| (\w+(?:, \w+)*) \| (\w+) \| ([^|]+) \| (\S+) ± (\S+) \| (?:± (\S+) )?\|", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert 4 <= len(rows) <= 8 and {name for names, *_ in rows for name in names.split(", ")} <= {run.name for run in RUNS}
+    for names, key, law, *shown in rows:
+        found = [json.loads((ROOT / "results" / name / "metrics.json").read_text())["metrics"][key] for name in names.split(", ")]
+        values, errors = np.array([(metric["value"], metric["std_error"]) for metric in found]).T
+        expected = [values.mean(), np.sqrt((errors**2).mean()), *([values.std(ddof=1)] if found[1:] else [])]
+        assert [float(number) for number in shown if number] == pytest.approx(expected, abs=5.1e-4), (names, key)
+        assert law in ("base prior", "p_NCP", "SIR"), (names, key)
 
 
 def test_what_the_readme_claims():
