@@ -12,7 +12,7 @@ import shlex
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import count, groupby, takewhile
-from math import hypot, sqrt
+from math import hypot, inf, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -159,8 +159,12 @@ def _cell(number: Measured, unit: str = "") -> str:
 # %% ../../nbs/engine/report.ipynb #521e789a
 def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
     "What else was measured, and under both priors: title -> (text, whether ours is better)."
-    found = {paper.MEASURES[name][0]: (_cell(number), "") for name in claim.also
-             if (number := _mean(family, name))}
+    found = {}
+    for name in claim.also:
+        if number := _mean(family, name):
+            title = paper.MEASURES[name][0]
+            answer = _answer(number) if title.startswith("likelihood gain") else "yes"
+            found[title] = _cell(number) + (_MARKS[answer] if "worse" in answer else ""), answer
     names = {name: [f"{name}_{prior}" for prior in claim.pair] for name in paper.MEASURES}
     for name, (title, better) in paper.MEASURES.items():
         old, new = (_mean(family, one) for one in names[name])
@@ -183,6 +187,7 @@ def _gain(claim: SimpleNamespace, names: list[str], run: SimpleNamespace) -> Mea
         sides.reverse()
     return _difference(*sides) if len(sides) == 2 else None
 
+# %% ../../nbs/engine/report.ipynb #r0w0fc1a
 def _row(claim: SimpleNamespace, family: list, own: bool) -> SimpleNamespace | None:
     "What runs that differ by their seed say to a claim; None where they say nothing."
     names = [name for name in [claim.base, *claim.ours] if name in family[0].metrics][:2]
@@ -198,6 +203,7 @@ def _row(claim: SimpleNamespace, family: list, own: bool) -> SimpleNamespace | N
     return SimpleNamespace(claim=claim, family=family, own=own, gain=gain, answer=_answer(gain, spread),
                            sides=" → ".join(_mean(family, name).short(" ± ") for name in names),
                            seeds=f"± {spread:.2g} over {len(gains)} seeds" if spread else seeds,
+                           errors=gain.value / (max(gain.std_error or 0.0, spread) or inf),
                            more={**beside, **_more(claim, family)})
 
 # %% ../../nbs/engine/report.ipynb #5c915f71
@@ -296,7 +302,7 @@ def _leader(family: list, kind: str) -> str:
     order = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=not lower)
     if not order or not lower and _over_seeds(found[order[0]])[0].value <= 0:
         return "the base"
-    first, by = order[0], "" if lower else "by "
+    first, by = order[0], "at " if lower else "by "
     text = (f"{called.get(first, first)}, {by}{_of_seeds(family, f'{what}_{first}')} "
             f"{found[first][0].unit}")
     for second in order[1:2]:
@@ -308,7 +314,7 @@ def _leader(family: list, kind: str) -> str:
 # %% ../../nbs/engine/report.ipynb #e2471f3b
 def _leaders(runs: list) -> str:
     "Of each comparison of priors, a table: who has the best likelihood and who the lowest distance."
-    return _table(["priors on one frozen VAE, of", "best likelihood", "lowest distance"],
+    return _table(["priors beside each other, of", "best likelihood", "lowest distance"],
                   [[_named(family), *(_leader(family, kind) for kind in ("likelihood", "distance"))]
                    for family in _compared(runs)])
 
@@ -350,23 +356,45 @@ def _items(names: list[str]) -> str:
     return "; ".join(f"{kind} {_ranges(numbers)}" for kind, numbers in found.items())
 
 # %% ../../nbs/engine/report.ipynb #92adf913
+def _effect(row: SimpleNamespace) -> str:
+    "A row's gain, its spread, whether it is beyond them, and the runs that say so."
+    seeds = f", seeds {row.seeds.partition(' over')[0]}" if row.seeds.startswith("±") else ""
+    return (f"{row.gain.short(' ± ')} {row.gain.unit}{seeds}{_MARKS[row.answer]}, "
+            f"{_named(row.family)}")
+
 def _own(rows: list) -> str:
     "One line: what the paper's own experiment says to the claim of these rows."
     claim, yes = rows[0].claim, [row for row in rows if row.answer == "yes"]
     status = "Not reproduced" if not yes else "Reproduced" if len(yes) == len(rows) else "Reproduced in part"
-    found = [f"{row.gain.short(' ± ')} {row.gain.unit}{_MARKS[row.answer]} on {_label(row.family)}"
-             for row in rows]
-    return (f"- **{status}.** {_items(claim.items)}: {claim.says}; by {', '.join(found)}; "
+    return (f"- **{status}.** {_items(claim.items)}: {claim.says}; by {'; '.join(map(_effect, rows))}; "
             f"in the paper {paper.printed(claim)}.")
 
 def _stand_in(rows: list) -> list[str]:
-    "The table's row of a claim: on how many stand-ins it is seen, by how much at least and at most."
-    order = sorted(rows, key=lambda row: row.gain.value)
-    least, most = (f"{row.gain.short(' ± ')} {row.gain.unit}{_MARKS[row.answer]}, {_named(row.family)}"
-                   for row in (order[0], order[-1]))
-    seen = sum(row.answer == "yes" for row in rows)
-    claim = rows[0].claim
-    return [claim.says, _items(claim.items), f"**{seen} of {len(rows)}**", least, most * (len(rows) > 1)]
+    "The table's row of a claim: how many rows show it, and the least and the most sure of them."
+    order = sorted(rows, key=lambda row: row.errors)
+    answers = [row.answer for row in rows]
+    seen, soft = (answers.count(word) for word in ("yes", "soft: yes"))
+    shown = f"**{seen} of {len(rows)}**" + f", {soft} soft" * bool(soft)
+    if set(answers) == {"its error is not known"}:
+        shown = answers[0]
+    return [rows[0].claim.says, _items(rows[0].claim.items), shown, _effect(order[0]),
+            _effect(order[-1]) * (len(rows) > 1)]
+
+# %% ../../nbs/engine/report.ipynb #aga1n5t0
+_STAND_INS = ("Stand-ins are no reproduction. A row shows it where the gain is beyond 2.5 of its errors, that over "
+              "images or over seeds, whichever is larger; *soft* is 2 to 2.5, ≈ below. Several rows may be of "
+              "one VAE.")
+
+def _against(rows: list) -> list[str]:
+    "The lines of the verdict on what was not seen, what got worse and what is doubtful."
+    unseen = [f"{row.claim.says} ({_named(row.family)})" for row in rows if row.answer.startswith("no")]
+    worse = [f"{title.partition(',')[0]} {shown.partition(' (')[0]} ({_items(row.claim.items)}, "
+             f"{_named(row.family)})"
+             for row in rows for title, (shown, answer) in row.more.items() if "worse" in answer]
+    doubted = dict.fromkeys(f"`{run.name}`" for row in rows for run in row.family if _doubts(run))
+    told = {"Not seen": unseen, "What got worse": worse,
+            "On weak footing, by k-hat or log Z (column *doubts*)": doubted}
+    return [f"- **{title}:** {'; '.join(found)}." for title, found in told.items() if found]
 
 # %% ../../nbs/engine/report.ipynb #4de51aae
 def _verdict(rows: list, runs: list) -> str:
@@ -376,19 +404,13 @@ def _verdict(rows: list, runs: list) -> str:
                    for own in (True, False))
     missing = [item.name for item in paper.ITEMS.values()
                if not item.experiments or not all(_made_by(asked, runs) for asked in item.experiments)]
-    worse = dict.fromkeys(
-        f"{title.partition(',')[0]} {shown.partition(' (')[0]} ({_named(row.family)})"
-        for row in rows for title, (shown, answer) in row.more.items() if "worse" in answer)
-    doubted = dict.fromkeys(f"`{run.name}`" for row in rows for run in row.family if _doubts(run))
     lines = [*(map(_own, own) if own else
                ["- **Nothing was reproduced:** none of the papers' own experiments was run."]),
              *["- **Never run,** so neither reproduced nor refuted: the papers' own experiments for "
-               f"{_items(missing)}. What each needs stands under *Not run*."] * bool(missing),
-             *[f"- **What got worse:** {'; '.join(worse)}."] * bool(worse),
-             *[f"- **On weak footing,** see the column *doubts*: {', '.join(doubted)}."] * bool(doubted)]
-    head = ["on other data and with smaller nets", "of", "seen on", "by at least", "by at most"]
-    tables = ["Stand-ins are no reproduction. *Seen* wants 2.5 errors, *soft* is 2 to 2.5, ≈ is within 2.",
-              _table(head, [_stand_in(found) for found in others])] * bool(others)
+               f"{_items(missing)}. What each needs stands under [*Not run*](#not-run)."] * bool(missing),
+             *_against(rows)]
+    head = ["on other data and with smaller nets", "of", "rows that show it", "least sure", "most sure"]
+    tables = [_STAND_INS, _table(head, [_stand_in(found) for found in others])] * bool(others)
     return "\n\n".join(["\n".join(lines), *tables, *[_leaders(runs)] * bool(_compared(runs))])
 
 # %% ../../nbs/engine/report.ipynb #c35de6c7
