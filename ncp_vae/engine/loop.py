@@ -57,7 +57,7 @@ class Recipe:
 # %% ../../nbs/engine/loop.ipynb #87d71f66
 @dataclass(frozen=True)
 class Machine:
-    "With which means of the machine a step is taken: speed and memory, not the result."
+    "With which means of the machine a step is taken: speed and memory."
     bf16: bool = False            # autocast of the networks
     channels_last: bool = False   # memory format of convolutions
     compile: bool = False         # torch.compile of the networks
