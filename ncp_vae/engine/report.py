@@ -381,9 +381,9 @@ def _stand_in(rows: list) -> list[str]:
             _effect(order[-1]) * (len(rows) > 1)]
 
 # %% ../../nbs/engine/report.ipynb #aga1n5t0
-_STAND_INS = ("Stand-ins are no reproduction. A row shows it where the gain is beyond 2.5 of its errors, that "
-              "over images or over seeds, whichever is larger; *soft* is 2 to 2.5, ≈ below. Several rows may be "
-              "of one VAE.")
+_STAND_INS = ("Stand-ins are no reproduction. A row shows it where the gain is beyond 2.5 of its errors, "
+              "that over images or that over seeds, whichever is larger; *soft* is 2 to 2.5, ≈ below. "
+              "Several rows may be of one VAE.")
 
 def _against(rows: list) -> list[str]:
     "The lines of the verdict on what was not seen, what got worse and what is doubtful."
