@@ -453,7 +453,7 @@ def test_the_second_papers_claims_have_rows_with_its_numbers_and_the_epochs(with
     assert [text.partition(":")[0] for text in texts] == ["Table 3", "Table 3", "Table B.6"]
     joint, posterior, posthoc = (table(text)[0] for text in texts)
     for row in (joint, posterior, posthoc):
-        assert row["our model"] == "dense VAE, 20 blocks, 100 of the paper's 2,400 epochs" and row["seen?"] == "**yes**"
+        assert row["our model"] == "dense VAE, 1 x the paper's width, 20 blocks, 100 of its 2,400 epochs" and row["seen?"] == "**yes**"
     assert joint["base → ours"] == "231.00 ± 0.70 → 228.90 ± 0.70" and joint["gain"] == "2.100 ± 0.030 nats (n = 10,000)"
     assert joint["in the paper"] == "228.6 → 226.11" and joint["active units, higher is better"].startswith("14 → 64")
     assert posterior["gain"] == "1.500 ± 0.050 nats (n = 10,000)" and posterior["in the paper"] == "227.79 → 226.11"
