@@ -408,6 +408,7 @@ CELLS = {"flows": """run_dir: str = ""
 seed: int = 0                 # [0, inf)
 kind: str = "dense"           # {dense, conv, resnet, pixel, hvae}
 dataset: str = "fashion_mnist"  # {static_mnist, mnist, fashion_mnist, omniglot}
+width: float = 1.0            # (0, inf)
 blocks: int = 20              # [1, inf)
 epochs: int = 3               # [1, inf)
 variants: str = "standard"
