@@ -92,6 +92,17 @@ def test_a_flow_posterior_tells_its_mean_by_draws():
     assert torch.equal(found, means.var(0, correction=0) > 0.01) and found.any()
 
 
+def test_the_noise_of_drawn_means_is_not_taken_for_activity():
+    """Deviation 4 and no image followed: a mean of 100 draws varies by 0.16, of 1,000 by 0.016, both above the threshold. Over 4,000 images
+    0.16 is known to 0.0036, a third of the threshold. The second coordinate varies by 0.05 besides, and is found."""
+    flow = RealNVP(2, blocks=1, hidden=4).eval()
+    flow.layers[0].lower.data.zero_(), flow.layers[0].upper.data.zero_(), flow.layers[0].log_diagonal.data.zero_()
+    x = torch.tensor([0.0, 0.05**0.5]) * torch.tensor([1.0, -1.0]).repeat(2000)[:, None]
+    order = flow.inverse(torch.tensor([[1.0, 0.0]]))[0][0].abs() < 0.5          # where the first coordinate of the noise ends up
+    q = elsewhere(lambda x: FlowLaw(diagonal_normal(x, torch.full_like(x, 4.0)), flow), x)
+    assert torch.equal(active_units(q), order) and order.sum() == 1
+
+
 # ---- the best decoder -----------------------------------------------------------------------------------------------
 
 def test_weights_are_the_posterior_of_the_image(monkeypatch):
