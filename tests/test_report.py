@@ -234,7 +234,8 @@ def test_the_papers_own_experiment_is_recognised_and_never_in_one_table_with_a_s
 
 def test_the_papers_own_experiment_that_fails_is_not_reproduced(tmp_path):
     write(tmp_path / "toy", "gaussians25", "cpu", {}, {"ll_gain": dict(value=-2.4, std_error=0.1)})
-    assert report.sections(*report.read_results(tmp_path))["Verdict"].startswith("- **Not reproduced.** Figure 11")
+    text = report.sections(*report.read_results(tmp_path))["Verdict"]
+    assert text.startswith("- **Not reproduced.** Figure 11") and re.search(r"- \*\*Not seen:\*\* .* \(`toy`\) \(\*\*worse\*\*\)\.", text)
 
 
 # ---- what is beside what --------------------------------------------------------------------------------------------

@@ -387,7 +387,8 @@ _STAND_INS = ("Stand-ins are no reproduction. A row shows it where the gain is b
 
 def _against(rows: list) -> list[str]:
     "The lines of the verdict on what was not seen, what got worse and what is doubtful."
-    unseen = [f"{row.claim.says} ({_named(row.family)})" for row in rows if row.answer.startswith("no")]
+    unseen = [f"{row.claim.says} ({_named(row.family)})" + _MARKS[row.answer] * ("worse" in row.answer)
+              for row in rows if "no:" in row.answer]
     worse = [f"{title.partition(',')[0]} {shown.partition(' (')[0]} ({_items(row.claim.items)}, "
              f"{_named(row.family)})"
              for row in rows for title, (shown, answer) in row.more.items() if "worse" in answer]
