@@ -408,7 +408,7 @@ def _verdict(rows: list, runs: list) -> str:
     lines = [*(map(_own, own) if own else
                ["- **Nothing was reproduced:** none of the papers' own experiments was run."]),
              *["- **Never run,** so neither reproduced nor refuted: the papers' own experiments for "
-               f"{_items(missing)}. What each needs stands under [*Not run*](#not-run)."] * bool(missing),
+               f"{_items(missing)}. What each needs stands under *Not run*."] * bool(missing),
              *_against(rows)]
     head = ["on other data and with smaller nets", "of", "rows that show it", "least sure", "most sure"]
     tables = [_STAND_INS, _table(head, [_stand_in(found) for found in others])] * bool(others)
