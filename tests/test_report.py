@@ -300,6 +300,8 @@ def test_a_gain_below_zero_is_worse_though_nothing_stands_beside_it(tmp_path):
     (line,) = [line for line in parts["Verdict"].splitlines() if "got worse" in line]
     assert "likelihood gain of the EBM -4.2 ± 1.0 (EBM Table 3, `mine`)" in line
     assert "-4.2 ± 1.0 (**worse**)" in parts["Stand-ins"].replace("\u00a0", " ")
+    write(tmp_path / "seed1", "joint_ebm", "cpu", {"seed": 1}, {**found, "nll_gain_ebm_longer": dict(value=0.0, std_error=1.0, unit="nats")})
+    assert "got worse" not in report.sections(*report.read_results(tmp_path))["Verdict"]              # -2.1, with a spread of 3.0 over seeds
 
 
 def test_a_claim_has_its_least_and_its_most_sure_row_and_its_seeds(tmp_path):

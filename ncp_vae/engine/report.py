@@ -161,10 +161,11 @@ def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
     "What else was measured, and under both priors: title -> (text, whether ours is better)."
     found = {}
     for name in claim.also:
-        if number := _mean(family, name):
-            title = paper.MEASURES[name][0]
-            answer = _answer(number) if title.startswith("likelihood gain") else "yes"
-            found[title] = _cell(number) + (_MARKS[answer] if "worse" in answer else ""), answer
+        if numbers := [run.metrics[name] for run in family if name in run.metrics]:
+            number, spread = _over_seeds(numbers)
+            answer = _answer(number, spread) if "gain" in name else ""
+            marked = _MARKS[answer] if "worse" in answer else ""
+            found[paper.MEASURES[name][0]] = _cell(number) + marked, answer
     names = {name: [f"{name}_{prior}" for prior in claim.pair] for name in paper.MEASURES}
     for name, (title, better) in paper.MEASURES.items():
         old, new = (_mean(family, one) for one in names[name])
