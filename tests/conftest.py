@@ -17,7 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)     # a job in the back
 
 # ---- the quick tier: `make quick` leaves out what tests/slow.txt names, one test a line with all its parameters ----
 
-SLOW_LIST, SLOW_FROM = Path(__file__).with_name("slow.txt"), 1.0     # seconds of a CPU
+SLOW_LIST, SLOW_FROM = Path(__file__).with_name("slow.txt"), 0.5     # seconds of a CPU
 SLOW, seconds = set(SLOW_LIST.read_text(encoding="utf-8").split()), {}
 
 
