@@ -97,11 +97,9 @@ def state_of(folder: str | Path) -> str:
         status = read_json(Path(folder) / "status.json")
         if status["state"] in _ENDS or status["state"] == "running" and status["host"] != platform.node():
             return status["state"]
-        if status["state"] != "running":
-            return "killed"
         process = psutil.Process(status["pid"])
         same = abs(process.create_time() - status["created"]) < 60
-        if same and process.status() != psutil.STATUS_ZOMBIE:
+        if status["state"] == "running" and same and process.status() != psutil.STATUS_ZOMBIE:
             return "running"
     return "killed"
 

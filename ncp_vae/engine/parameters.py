@@ -38,10 +38,10 @@ def _converted(value, type: str) -> int | float | bool | str | None:
     "A value, or its text, as 'int', 'float', 'bool' or 'str'; None where that would change it."
     if type == "bool":
         return {"true": True, "false": False}.get(str(value).lower())
-    if type == "str" or isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return value if type == "str" and isinstance(value, str) else None
+    if type == "str":
+        return value if isinstance(value, str) else None
     with suppress(ArithmeticError, ValueError):
-        number = Decimal(value)
+        number = Decimal(str(value))      # of True, None or a list there is none
         if isfinite(number) and (type == "float" or number == int(number)):
             return float(number) if type == "float" else int(number)
 
@@ -108,8 +108,6 @@ def _read_yaml(text: str):
     return yaml.load(text, Loader)
 
 # %% ../../nbs/engine/parameters.ipynb #1e40ec8e
-_SEEDS = 2**63       # and as many are left for seed + 1, ...
-
 @dataclass(frozen=True)
 class Experiment:
     "A notebook that can be run, read without a kernel."
@@ -128,7 +126,7 @@ class Experiment:
         for name in values.keys() - self.parameters.keys():
             raise unknown(f"parameter of {self.name}", str(name), self.parameters)
         checked = {name: self.parameters[name].check(value) for name, value in values.items()}
-        if checked.get("seed", 0) >= _SEEDS:
+        if checked.get("seed", 0) >= 2**63:      # and as many are left for seed + 1, ...
             raise ValueError(f"parameter seed = {values['seed']!r}: must be below 2^63, torch takes no more")
         return checked
 
@@ -158,10 +156,7 @@ def params_for(experiment: Experiment, preset: str = "smoke", overrides: dict | 
 # %% ../../nbs/engine/parameters.ipynb #70e46f7c
 def whole_numbers(name: str, text: str) -> list[int]:
     "Whole numbers of at least 1 in the text of a parameter, in increasing order; ValueError for others."
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = [0]
+    found = sorted({_converted(part, "int") or 0 for part in text.split(",")})
     if found[0] < 1:
         raise ValueError(f"parameter {name} = {text!r}: expected whole numbers of at least 1, like 5,50,500")
     return found
