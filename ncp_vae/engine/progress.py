@@ -23,14 +23,10 @@ def read_history(path: str | Path) -> list[dict]:
     """The rows of a JSON-lines history, of every stage, in the order in which they were written.
 
     Without the last one where it is torn. ValueError where another one is no JSON."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise
+    *whole, last = Path(path).read_text(encoding="utf-8").splitlines() or [""]
+    rows = [json.loads(line) for line in whole]
+    with suppress(ValueError):            # one that is torn
+        rows.append(json.loads(last))
     return rows
 
 # %% ../../nbs/engine/progress.ipynb #prog0008
@@ -70,12 +66,6 @@ def _histories(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("*.jsonl") if not path.name.startswith("metrics.")]
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
-def _state(folder: Path, status: dict) -> str:
-    "State and attempt of a run, and at how many commits it was made."
-    commits, attempt = len(set(commits_of(folder))), status.get("attempt", 1)
-    return (state_of(folder) + (f", attempt {attempt}" if attempt > 1 else "")
-            + (f", {commits} commits" if commits > 1 else ""))
-
 def _span(seconds: float | None) -> str:
     "Seconds as hours, minutes and seconds."
     return "-" if seconds is None else str(timedelta(seconds=max(0, round(seconds))))
@@ -91,10 +81,13 @@ def _line(folder: Path, name: str) -> list[str]:
     for path in _histories(folder)[-1:]:
         with suppress(ValueError):
             pace, age = pace_of(read_history(path)), time.time() - path.stat().st_mtime
-    beginning = [name, _state(folder, status), status.get("cell", "-")]
+    state = state_of(folder)
+    commits, attempt = len(set(commits_of(folder))), status.get("attempt", 1)
+    told = state + f", attempt {attempt}" * (attempt > 1) + f", {commits} commits" * (commits > 1)
+    beginning = [name, told, status.get("cell", "-")]
     if pace is None:
         return [*beginning, *["-"] * 5]
-    left = None if state_of(folder) != "running" or pace.left is None else pace.left - age
+    left = None if state != "running" or pace.left is None else pace.left - age
     return [*beginning, pace.stage, f"{pace.step} of {pace.steps or '?'}",
             "-" if pace.speed is None else f"{pace.speed:.3g}", _span(left), f"{_span(age)} ago"]
 
