@@ -14,27 +14,23 @@ from types import SimpleNamespace
 from .parameters import unknown
 
 # %% ../../nbs/engine/paper.ipynb #294c0561
-def row(model: str, printed: str, unit: str = "FID", metric: str = "", note: str = "",
-        column: str = "") -> SimpleNamespace:
-    "A number that a paper prints; metric: the name that a run's record has for its own."
-    return SimpleNamespace(**locals())
-
 def each(asked: dict) -> list[dict]:
     "An experiment once for every choice among the values of its parameters that are lists."
     values = [value if isinstance(value, list) else [value] for value in asked["params"].values()]
     return [{**asked, "params": dict(zip(asked["params"], chosen))} for chosen in product(*values)]
 
 def _rows(given: dict, columns: list[str]) -> list[SimpleNamespace]:
-    "A line of a table: one number, or one for each column."
+    """A line of a table: one number, or one for each column.
+
+    metric: the name that a run's record has for its own; most have none."""
     printed = given["printed"] if columns else [given["printed"]]
-    return [row(**{**given, "printed": number, "column": column})
+    return [SimpleNamespace(**{"metric": "", **given, "printed": number, "column": column})
             for column, number in zip(columns or [""], printed, strict=True)]
 
 def _item(name: str, fields: dict, experiments: dict) -> SimpleNamespace:
     "One entry of a file, with its rows, and with its experiments looked up."
-    unit = {"unit": fields["unit"]} if "unit" in fields else {}
     rows = [number for given in fields.get("rows", [])
-            for number in _rows({**unit, **given}, fields.get("columns", []))]
+            for number in _rows({"unit": fields.get("unit", "FID"), **given}, fields.get("columns", []))]
     asked = [one for key in fields["experiments"] for one in each(experiments[key])]
     return SimpleNamespace(name=name, shows=fields["shows"], rows=rows, experiments=asked)
 
