@@ -39,7 +39,7 @@ def _assignments(pairs: list[str]) -> dict[str, str]:
     return found
 
 # %% ../../nbs/engine/cli.ipynb #30ca4986
-def _list(args: argparse.Namespace) -> int:
+def _list(args: argparse.Namespace) -> None:
     "ncp-vae list: the experiments, one line each."
     rows = []
     for name, path in notebooks().items():
@@ -48,28 +48,29 @@ def _list(args: argparse.Namespace) -> int:
         except ValueError as error:
             rows.append([name, f"cannot be run: {error}"])
     _tell(columns(rows))
-    return 0
 
-def _params(args: argparse.Namespace) -> int:
+def _params(args: argparse.Namespace) -> None:
     "ncp-vae params NAME: each parameter, its default (smoke), and what the other presets change."
     experiment = find_experiment(args.name)
     presets = experiment.presets()
-    rows = [["name", "type", *presets, "range", "meaning"]]
-    for name, p in experiment.parameters.items():
-        values = [str(preset.get(name, "")) for preset in presets.values()]
-        rows.append([name, p.type, *values, p.range, p.help])
-    _tell(f"{experiment.subtitle}\n\n{columns(rows)}")
-    return 0
+    head = ["name", "type", *presets, "range", "meaning"]
+    rows = [[name, p.type, *(str(preset.get(name, "")) for preset in presets.values()), p.range, p.help]
+            for name, p in experiment.parameters.items()]
+    _tell(f"{experiment.subtitle}\n\n{columns([head, *rows])}")
 
 # %% ../../nbs/engine/cli.ipynb #c4a1e020
 _GRACE = 60.0     # seconds that an interrupted cell has to save its checkpoint
 _STOPPED = 124    # exit code of a run that has come to its time limit
 
-def _ending(signals: list[signal.Signals]) -> tuple[str, int, str] | None:
-    "State, exit code and reason of a run that the first of these ended; None where none came."
+def _ending(signals: list[signal.Signals], error: Exception) -> tuple[str, int, str]:
+    "State, exit code and reason of a run that the first of these signals ended, or else this error."
     if signals[:1] == [signal.SIGALRM]:
         return "stopped", _STOPPED, "its time limit"
-    return ("interrupted", 128 + signals[0], signals[0].name) if signals else None
+    if signals:
+        return "interrupted", 128 + signals[0], signals[0].name
+    name = getattr(error, "ename", type(error).__name__)     # of what the cell raised, where it did
+    died = "the kernel died: often the machine was out of memory"
+    return "failed", 1, died if name == "DeadKernelError" else f"{name}: {getattr(error, 'evalue', error)}"
 
 # %% ../../nbs/engine/cli.ipynb #c1d31346
 class _Watch:
@@ -146,12 +147,6 @@ def _execute(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
         raise EOFError("it ended without its record, which run.finish() in the last cell writes")
     return read_record(folder)
 
-def _reason(error: Exception) -> str:
-    "One line on why a cell ended."
-    name = getattr(error, "ename", type(error).__name__)     # of what the cell raised, where it did
-    died = "the kernel died: often the machine was out of memory"
-    return died if name == "DeadKernelError" else f"{name}: {getattr(error, 'evalue', error)}"
-
 # %% ../../nbs/engine/cli.ipynb #daf4525e
 def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) -> int:
     "Execute, write down how it ended, and say so; its exit code."
@@ -162,7 +157,7 @@ def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
     except Exception as error:
         with suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
-        state, code, reason = _ending(watch.received) or ("failed", 1, _reason(error))
+        state, code, reason = _ending(watch.received, error)
         why = f"cell In [{watch.at}]: {reason}"
         with suppress(OSError):          # a disk without any room: the run will be found killed
             end(folder, state, why)
@@ -176,14 +171,13 @@ def _attempt(experiment: Experiment, folder: Path, params: dict, watch: _Watch) 
     return 0
 
 # %% ../../nbs/engine/cli.ipynb #10a910d5
-def _dry_run(name: str, params: dict) -> int:
+def _dry_run(name: str, params: dict) -> None:
     "Print what a run will take on a GPU; see `forecast`."
     from ncp_vae.engine.predict import forecast
     _tell(forecast(name, params))
-    return 0
 
 # %% ../../nbs/engine/cli.ipynb #0c15860b
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int | None:
     "ncp-vae run: a new run, or another attempt at an unfinished one."
     experiment = find_experiment(args.name)
     if not 0 <= args.time_limit < inf:
@@ -210,30 +204,25 @@ def _run(args: argparse.Namespace) -> int:
     return _attempt(experiment, folder, params, _Watch(folder, experiment.cells, args.time_limit))
 
 # %% ../../nbs/engine/cli.ipynb #stat0002
-_REFRESH = 3.0              # seconds between two looks
-_CLEAR = "\x1b[2J\x1b[H"    # a terminal
-
-def _status(args: argparse.Namespace) -> int:
+def _status(args: argparse.Namespace) -> None:
     "ncp-vae status: a line for each live run, or for each run in folders; refreshed on a terminal."
     while True:
         text, live = status_table(args.folders)
         terminal = sys.stdout.isatty()
-        _tell(_CLEAR * terminal + text)
+        _tell("\x1b[2J\x1b[H" * terminal + text)      # which clears a terminal
         if not (terminal and live):
-            return 0
-        time.sleep(_REFRESH)
+            return
+        time.sleep(3.0)
 
-def _tensorboard(args: argparse.Namespace) -> int:
+def _tensorboard(args: argparse.Namespace) -> None:
     "ncp-vae tensorboard: write the histories of a run as scalars of TensorBoard."
     _tell(f"look at it: tensorboard --logdir {shlex.quote(str(to_tensorboard(Path(args.folder))))}")
-    return 0
 
 # %% ../../nbs/engine/cli.ipynb #8d057b40
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> None:
     "ncp-vae report: RESULTS.md and the results notebook from results/, or the metrics of folders."
     if args.folders:
-        _tell(listing(args.folders))
-        return 0
+        return _tell(listing(args.folders))
     text = results_page(home() / "results")     # before anything is written: is there a folder?
     notebook = home() / "nbs" / "results.ipynb"
     if notebook.is_file():
@@ -244,7 +233,6 @@ def _report(args: argparse.Namespace) -> int:
     (home() / "RESULTS.md").write_text(text, encoding="utf-8")
     runs, others = read_results(home() / "results")
     _tell(f"written: {home() / 'RESULTS.md'}, from {len(runs)} runs; {len(others)} without a result")
-    return 0
 
 # %% ../../nbs/engine/cli.ipynb #ba943a56
 _COMMANDS = {
@@ -287,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     "The command `ncp-vae`; returns its exit code."
     args = _parser().parse_args(argv)
     try:
-        return args.function(args)
+        return args.function(args) or 0      # of `run` alone there is another
     except ModuleNotFoundError as error:
         _tell(f"ncp-vae: {error}; install what runs need: pip install ncp-vae[run], "
               "in a clone pip install -e .[run]", sys.stderr)
