@@ -13,24 +13,19 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import count, groupby, takewhile
 from math import hypot, inf, sqrt
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
 from . import paper
 from .experiment import read_json, read_record, state_of
-from .parameters import find_experiment, notebooks, params_for
+from .parameters import find_experiment, params_for
 from ..measured import Measured
 
-# %% ../../nbs/engine/report.ipynb #0c957993
+# %% ../../nbs/engine/report.ipynb #d74ee9b0
 _OLD = "†"
 
-def _dated(metric: Measured, ended: datetime) -> Measured:
-    "The number; with a † behind its unit where its measure was put right after the run had ended."
-    since, _ = paper.PUT_RIGHT.get(metric.unit, ("", ""))
-    return replace(metric, unit=metric.unit + _OLD) if ended.isoformat() < since else metric
-
-# %% ../../nbs/engine/report.ipynb #d74ee9b0
 def _read(folder: Path, name: str) -> SimpleNamespace:
     "The record of a run with its `name`, `day`, `attempt` and `figures`; ValueError where it is no result."
     status = read_json(folder / "status.json")
@@ -38,7 +33,9 @@ def _read(folder: Path, name: str) -> SimpleNamespace:
         raise ValueError("it did not succeed")
     ended, attempt = datetime.fromtimestamp(status["ended"], timezone.utc), int(status["attempt"])
     record = read_record(folder)
-    metrics = {key: _dated(metric, ended) for key, metric in record["metrics"].items()}
+    put_right = {unit for unit, (since, _) in paper.PUT_RIGHT.items() if ended.isoformat() < since}
+    metrics = {key: replace(metric, unit=metric.unit + _OLD) if metric.unit in put_right else metric
+               for key, metric in record["metrics"].items()}
     return SimpleNamespace(**{"earlier_commits": [], **record, "metrics": metrics}, name=name,
                            attempt=attempt, day=str(ended.date()),
                            executed=(folder / "notebook.ipynb").is_file(),
@@ -81,7 +78,7 @@ _PLACES = {"seed", "data_root", "inception", "parts", "ncp_parts"}
 def _made_by(asked: dict, runs: list) -> list[str]:
     "The names of the runs that did what an experiment of the paper asks for."
     mine = [run for run in runs if run.experiment == asked["experiment"]]
-    if not mine or asked["experiment"] not in notebooks():
+    if not mine:
         return []
     wanted = params_for(find_experiment(asked["experiment"]), asked["preset"], asked["params"])
     return [run.name for run in mine
@@ -166,10 +163,10 @@ def _more(claim: SimpleNamespace, family: list) -> dict[str, tuple[str, str]]:
             answer = _answer(number, spread) if "gain" in name else ""
             marked = _MARKS[answer] if "worse" in answer else ""
             found[paper.MEASURES[name][0]] = _cell(number) + marked, answer
-    names = {name: [f"{name}_{prior}" for prior in claim.pair] for name in paper.MEASURES}
     for name, (title, better) in paper.MEASURES.items():
-        old, new = (_mean(family, one) for one in names[name])
-        if old and new and better and names[name][0] != claim.base:
+        names = [f"{name}_{prior}" for prior in claim.pair]
+        old, new = (_mean(family, one) for one in names)
+        if old and new and better and names[0] != claim.base:
             answer = _answer(_difference(new, old) if better == "higher" else _difference(old, new))
             floor = _mean(family, f"{name}_reconstruction")
             beside = f", reconstructions {floor.short(' ± ')}" if floor else ""
@@ -278,37 +275,35 @@ def _of_prior(family: list, what: str, name: str, usual: int | None) -> str:
     return "; ".join(_of_seeds(family, each, usual) for each in groups or [f"{what}_{name}"])
 
 # %% ../../nbs/engine/report.ipynb #94d88989
-def _priors(runs: list) -> str:
-    "For each frozen VAE a table of the priors on it: their likelihood, their samples, their costs."
-    parts = []
-    for family in _compared(runs):
-        names, how = _priors_of(family), _how_compared(family)
-        usual = {what: next((one.n for name in names if (one := _mean(family, f"{what}_{name}")) and one.n),
-                            None) for what in how["columns"]}
-        heads = [title + (f" (n = {usual[what]:,})" if usual[what] else "")
-                 for what, title in how["columns"].items()]
-        lines = [[how["priors"].get(name, name),
-                  *(_of_prior(family, what, name, usual[what]) for what in usual)] for name in names]
-        parts += [f"**{_about(family[0], 'model')}, on {_label(family)}.**", _table(["prior", *heads], lines)]
-    return "\n\n".join(parts) or "No run."
+def _priors(family: list) -> str:
+    "A table of the priors on one frozen VAE: their likelihood, their samples, their costs."
+    names, how = _priors_of(family), _how_compared(family)
+    usual = {what: next((one.n for name in names if (one := _mean(family, f"{what}_{name}")) and one.n),
+                        None) for what in how["columns"]}
+    heads = [title + (f" (n = {usual[what]:,})" if usual[what] else "")
+             for what, title in how["columns"].items()]
+    lines = [[how["priors"].get(name, name),
+              *(_of_prior(family, what, name, usual[what]) for what in usual)] for name in names]
+    return (f"**{_about(family[0], 'model')}, on {_label(family)}.**\n\n"
+            + _table(["prior", *heads], lines))
 
 # %% ../../nbs/engine/report.ipynb #83da128f
 def _leader(family: list, kind: str) -> str:
     "The prior that gains most, or is at the lowest distance, and how far it is ahead of the next."
     how = _how_compared(family)
     what, called = how[kind], how["priors"]
-    found = {name: [run.metrics[key] for run in family] for name in _priors_of(family)
-             if name != "reconstruction" and all((key := f"{what}_{name}") in run.metrics for run in family)}
     lower = what == "frechet"            # a distance itself, and not how much lower than the base's it is
-    order = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=not lower)
+    found = {name: [-run.metrics[key] if lower else run.metrics[key] for run in family]
+             for name in _priors_of(family) if name != "reconstruction"
+             and all((key := f"{what}_{name}") in run.metrics for run in family)}
+    order = sorted(found, key=lambda name: _over_seeds(found[name])[0].value, reverse=True)
     if not order or not lower and _over_seeds(found[order[0]])[0].value <= 0:
         return "the base"
     first, by = order[0], "at " if lower else "by "
     text = (f"{called.get(first, first)}, {by}{_of_seeds(family, f'{what}_{first}')} "
             f"{found[first][0].unit}")
     for second in order[1:2]:
-        pair = (second, first) if lower else (first, second)
-        lead, spread = _over_seeds(list(map(_difference, *(found[name] for name in pair))))
+        lead, spread = _over_seeds(list(map(_difference, found[first], found[second])))
         text += f", {lead.short(' ± ')}{_MARKS[_answer(lead, spread)]} ahead of {called.get(second, second)}"
     return text
 
@@ -320,41 +315,31 @@ def _leaders(runs: list) -> str:
                    for family in _compared(runs)])
 
 # %% ../../nbs/engine/report.ipynb #ed3db774
-def _strange(runs: list) -> str:
-    "For each run of `ood` a table: the AUROC of every score under every prior, and paired gains on the base."
-    parts = []
-    for family in _families([run for run in runs if run.experiment == "ood"]):
-        names = [name.split("_", 1)[1] for name in family[0].metrics if name.startswith("auroc_")]
-        scores = dict.fromkeys(name.rpartition("_")[0] for name in names)
-        priors = dict.fromkeys(name.rpartition("_")[2] for name in names)
-        columns = [f"auroc_{{}}_{prior}" for prior in priors]
-        columns += [f"gain_{{}}_{prior}" for prior in list(priors)[1:]]
-        heads = [prior.upper() if prior != "base" else prior for prior in priors]
-        lines = [[f"-{score}".replace("_", " ").replace("-LLR", "LLR"),
-                  *(_of_seeds(family, column.format(score)) for column in columns)] for score in scores]
-        about = ", ".join([*(_about(family[0], name) for name in ("model", "against")), _label(family)])
-        parts += [f"**{about}; AUROC.**",
-                  _table(["score", *heads, *(f"{head} - base" for head in heads[1:])], lines)]
-    return "\n\n".join(parts) or "No run."
+def _strange(family: list) -> str:
+    "A table of a run of `ood`: the AUROC of every score under every prior, and paired gains on the base."
+    names = [name.split("_", 1)[1] for name in family[0].metrics if name.startswith("auroc_")]
+    scores = dict.fromkeys(name.rpartition("_")[0] for name in names)
+    priors = list(dict.fromkeys(name.rpartition("_")[2] for name in names))
+    columns = [*(f"auroc_{{}}_{prior}" for prior in priors), *(f"gain_{{}}_{prior}" for prior in priors[1:])]
+    heads = [prior.upper() if prior != "base" else prior for prior in priors]
+    lines = [[f"-{score}".replace("_", " ").replace("-LLR", "LLR"),
+              *(_of_seeds(family, column.format(score)) for column in columns)] for score in scores]
+    about = ", ".join([*(_about(family[0], name) for name in ("model", "against")), _label(family)])
+    head = ["score", *heads, *(f"{head} - base" for head in heads[1:])]
+    return f"**{about}; AUROC.**\n\n{_table(head, lines)}"
 
 # %% ../../nbs/engine/report.ipynb #2c3a7e73
 def _ranges(numbers: list[str]) -> str:
     "['1', '2', '3', '5', 'B.1', 'B.2'] -> '1 to 3, 5, B.1, B.2'."
-    def row(numbered):
-        "The same for numbers that follow one another."
-        at, number = numbered
-        head, _, last = number.rpartition(".")
-        return head, int(last) - at
-    parts = [[number for _, number in part] for _, part in groupby(enumerate(numbers), row)]
+    split = enumerate(number.rpartition(".") for number in numbers)
+    keys = [(head, int(last) - at) for at, (head, _, last) in split]      # the same along a row
+    parts = [[number for _, number in part] for _, part in groupby(zip(keys, numbers), itemgetter(0))]
     return ", ".join(f"{part[0]} to {part[-1]}" if part[2:] else ", ".join(part) for part in parts)
 
 def _items(names: list[str]) -> str:
     "['Table 1', 'Table 2', 'RealNVP Figure B.4'] -> 'Table 1, 2; RealNVP Figure B.4'."
-    found = {}
-    for name in names:
-        kind, _, number = name.rpartition(" ")
-        found.setdefault(kind, []).append(number)
-    return "; ".join(f"{kind} {_ranges(numbers)}" for kind, numbers in found.items())
+    kinds = groupby((name.rsplit(" ", 1) for name in names), itemgetter(0))
+    return "; ".join(f"{kind} {_ranges([number for _, number in same])}" for kind, same in kinds)
 
 # %% ../../nbs/engine/report.ipynb #92adf913
 def _effect(row: SimpleNamespace) -> str:
@@ -375,9 +360,8 @@ def _stand_in(rows: list) -> list[str]:
     order = sorted(rows, key=lambda row: row.errors)
     answers = [row.answer for row in rows]
     seen, soft = (answers.count(word) for word in ("yes", "soft: yes"))
-    shown = f"**{seen} of {len(rows)}**" + f", {soft} soft" * bool(soft)
-    if set(answers) == {"its error is not known"}:
-        shown = answers[0]
+    shown = (answers[0] if set(answers) == {"its error is not known"} else
+             f"**{seen} of {len(rows)}**" + f", {soft} soft" * bool(soft))
     return [rows[0].claim.says, _items(rows[0].claim.items), shown, _effect(order[0]),
             _effect(order[-1]) * (len(rows) > 1)]
 
@@ -544,13 +528,14 @@ def sections(runs: list, others: list[list[str]], results: str = "results") -> d
     "The parts of the results page by their titles; results: the way from the page to the runs' folder."
     runs, others = _tellable(runs, others)
     rows = _rows(runs)
+    strange = _families([run for run in runs if run.experiment == "ood"])
     old = "; ".join(f"{what} (until {since[:10]})" for since, what in paper.PUT_RIGHT.values())
     return {"Verdict": _verdict(rows, runs),
             "The papers": "\n".join(f"- {called}: {source}." for called, source in paper.SOURCES.items()),
             "The papers' own experiments": _claim_tables([row for row in rows if row.own]),
             "Stand-ins": f"{_READING}\n{old}.\n\n{_claim_tables([row for row in rows if not row.own])}",
-            "Priors on one frozen VAE": _priors(runs),
-            "Strange images": _strange(runs),
+            "Priors on one frozen VAE": "\n\n".join(map(_priors, _compared(runs))) or "No run.",
+            "Strange images": "\n\n".join(map(_strange, strange)) or "No run.",
             "What proposals and steps buy": _samplers(runs),
             "Not run": _not_run(runs),
             "Pictures": _pictures(runs, results),
