@@ -29,6 +29,7 @@ def test_a_number_has_one_place_and_is_what_value_gives(item):
     assert len(places) == len(set(places)) and item.shows.endswith(".")
     assert len({row.column for row in item.rows}) * len({row.model for row in item.rows}) == len(places)
     for row in item.rows:
+        assert vars(row).keys() - {"note"} == {"model", "printed", "unit", "metric", "column"}
         assert re.fullmatch(r"-?\d+(\.\d+)?(e-\d+)?( ± \d\.\d\d)?", row.printed)
         assert paper.value(item.name, row.model, row.column) == float(row.printed.split(" ± ")[0])
 
