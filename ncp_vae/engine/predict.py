@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from .fid import PROTOCOLS
 from .recipes import build_vae, in_bf16, ratios_for
@@ -109,11 +110,13 @@ def _tensors(x) -> Iterator[Tensor]:
         for each in x:
             yield from _tensors(each)
 
-def _on_cpu(x):
-    "The same arguments with empty tensors on the CPU; one of no dimension keeps none."
-    if isinstance(x, Tensor):
-        return torch.zeros([0] * bool(x.dim()), dtype=x.dtype, device="cpu")
-    return type(x)(map(_on_cpu, x)) if isinstance(x, (list, tuple)) else x
+def _on_cpu(x: Tensor) -> Tensor:
+    "An empty tensor in its place on the CPU; one of no dimension keeps none."
+    return torch.zeros([0] * bool(x.dim()), dtype=x.dtype, device="cpu")
+
+def _anew(x: Tensor) -> Tensor:
+    "Another of its shape and type."
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 # %% ../../nbs/engine/predict.ipynb #fd1ec773
 _RULES = {}         # what has been asked before
@@ -129,7 +132,7 @@ def _elementwise(op, args: tuple, kwargs: dict) -> Tensor:
     key = op, *((x.dtype, x.dim() > 0) for x in given), *map(type, args), *kwargs.items()
     if key not in _RULES:
         types = {name: value for name, value in kwargs.items() if name == "dtype"}
-        _RULES[key] = op(*_on_cpu(args), **types).dtype
+        _RULES[key] = op(*tree_map_only(Tensor, _on_cpu, args), **types).dtype
     return torch.empty(shape, dtype=_RULES[key], device="meta")
 
 def _reduced(op, args: tuple, kwargs: dict) -> Tensor:
@@ -155,28 +158,14 @@ def _result(op, args: tuple, kwargs: dict):
         return torch.empty(args[0], args[0], device="meta")
     key = op, _described(args), _described(tuple(kwargs.items()))
     if key not in _RULES:
-        found = op(*args, **kwargs)
-        _RULES[key] = _described(found)
-    return _made(_RULES[key])
-
-def _made(described):
-    "New tensors as they were described; what was no tensor as it is."
-    if not isinstance(described, tuple):
-        return described
-    if isinstance(described[0], torch.Size):
-        return torch.empty(described[0], dtype=described[1], device="meta")
-    return tuple(map(_made, described))
-
-# %% ../../nbs/engine/predict.ipynb #ac8d5490
-class _Mode(TorchDispatchMode):
-    "A mode that does not import torch's compiler, which takes seconds, only to tell it to stay away."
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False
+        _RULES[key] = tree_map_only(Tensor, _anew, op(*args, **kwargs))    # keeps no view of an argument
+    return tree_map_only(Tensor, _anew, _RULES[key])
 
 # %% ../../nbs/engine/predict.ipynb #bcb2aeb1
-class Counting(_Mode):
+class Counting(TorchDispatchMode):
     "Counts what is done inside, on tensors of `meta`, in `cost`; each call `times` times."
+    # with True PyTorch imports its compiler, which takes seconds, only to tell it to stay away
+    _should_skip_dynamo = classmethod(lambda cls: False)
 
     def __init__(self):
         super().__init__()
@@ -195,7 +184,7 @@ class Counting(_Mode):
 
     def count(self, op, args: tuple, found) -> None:
         "A call and what it has made."
-        made = list(_tensors(found if isinstance(found, tuple) else (found,)))
+        made = list(_tensors(found))
         size = sum(x.numel() * x.element_size() for x in (*_tensors(args), *made))
         flops = _operations(op, args, found)
         self.cost.calls[flops, size, _kind(op, args) if flops else ""] += self.times
@@ -229,9 +218,9 @@ def counted() -> Iterator[Counting]:
     "Inside, what is done on `meta` is counted, and autocast works there."
     def like_cpu(ask):
         return lambda kind, *args, **how: ask("cpu" if kind == "meta" else kind, *args, **how)
-    names = [(torch, name) for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype")]
     with ExitStack() as stack:
-        for module, name in [*names, (torch.amp, "is_autocast_available")]:
+        for module, name in ((torch, "autocast"), (torch, "is_autocast_enabled"),
+                             (torch, "get_autocast_dtype"), (torch.amp, "is_autocast_available")):
             stack.enter_context(mock.patch.object(module, name, like_cpu(getattr(module, name))))
         stack.enter_context(_Lowered())
         yield stack.enter_context(Counting())
@@ -340,13 +329,12 @@ def _flat(params: dict, shape: tuple) -> dict[str, TopDownVAE]:
         config = ShallowConfig("resnet" if kind == "hvae" else kind, shape, latent_dim, **more)
         return ResnetHVAE(config) if kind == "hvae" else ShallowVAE(config)
     papers = 40 if params.get("dataset") in ("mnist", "static_mnist") else 64
-    p = params
     def dense():
-        return DenseVAE(shape, p["latent_dim"], (p["width"],) * 2)
+        return DenseVAE(shape, params["latent_dim"], (params["width"],) * 2)
     return {"gaussians25": gaussians_vae, "digits": dense, "priors": dense,
-            "rae": lambda: RaeVAE(shape, p["latent_dim"], p["width"], p["sigma"]),
-            "flows": lambda: shallow(p["kind"], p["latent_dim"] or papers, width=p["width"]),
-            "frozen": lambda: shallow(latent_dim=p["latent_dim"])}
+            "rae": lambda: RaeVAE(shape, params["latent_dim"], params["width"], params["sigma"]),
+            "flows": lambda: shallow(params["kind"], params["latent_dim"] or papers, width=params["width"]),
+            "frozen": lambda: shallow(latent_dim=params["latent_dim"])}
 
 def _flat_ratio(params: dict, vae: TopDownVAE) -> MLPRatio:
     "Its classifier."
@@ -366,7 +354,7 @@ def _flat_plan(name: str, params: dict) -> tuple[list[Stage], NoiseContrastivePr
     if name not in known:
         raise ValueError(f"{name}: its network is of another library, and not counted here")
     vae, batch = known[name](), params["batch_size"]
-    steps = _first_of(params, "vae_steps") or params["epochs"] * (n // batch)
+    steps = params.get("vae_steps") or params["epochs"] * (n // batch)
     stages = [Stage("VAE", VAELoss(vae, 0), shape, batch, steps)]
     steps = _first_of(params, "ncp_steps", "steps")
     if steps is None:
