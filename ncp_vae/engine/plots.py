@@ -97,7 +97,7 @@ def label_points(ax: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
     ax.figure.draw_without_rendering()
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform([*points.values()])]
     for name, at in points.items():
-        label = ax.annotate(name, at, textcoords="offset points", fontsize=6.5)
+        label = ax.annotate(name, at, (0, 0), textcoords="offset points", fontsize=6.5)
         for x, y, side in _PLACES:
             label.set(position=(x, y), ha=side)
             if not any(label.get_window_extent().overlaps(box) for box in taken):
