@@ -17,8 +17,7 @@ def nearest(queries: Tensor, images: Tensor, k: int = 1, chunk: int = 1000) -> t
     if not 1 <= k <= len(images):
         raise ValueError(f"nearest: k must be between 1 and the number of images {len(images)}, got {k}")
     distances = torch.cat([torch.cdist(part.flatten(1), images.flatten(1)) for part in queries.split(chunk)])
-    values, indices = distances.topk(k, largest=False)
-    return values, indices
+    return distances.topk(k, largest=False)
 
 # %% ../../nbs/engine/neighbours.ipynb #523f0379
 def _neighbour_view(images: Tensor) -> Tensor:
