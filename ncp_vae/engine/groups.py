@@ -81,6 +81,8 @@ def sir_ess(ncp: ReweightedPrior, n: int, proposals: int, seed: int) -> list[Mea
     return ess
 
 # %% ../../nbs/engine/groups.ipynb #c2dddab7
+_SHOWN = {"loss": "estimate", "kl_bound": "lower bound", "log_mean_ratio": "estimate"}    # of what kind
+
 def record_groups(run, reports: Sequence[RatioReport], ess: Sequence[Measured], n: int,
                   labels: Sequence[str] | None = None) -> Measured:
     """Print and record the table of the groups; the sum of the bounds on KL(q || p), with its error.
@@ -91,23 +93,14 @@ def record_groups(run, reports: Sequence[RatioReport], ess: Sequence[Measured], 
     print("group      loss                   KL(q||p)               "
           "log E_p[r]             calibration (noise)   ESS")
     for label, report, effective in zip(labels or range(1, len(reports) + 1), reports, ess):
-        found = {name: _measured(report, name, n) for name in ("loss", "kl_bound", "log_mean_ratio")}
+        found = {name: Measured(getattr(report, name), getattr(report, f"{name}_std_error"), kind, n)
+                 for name, kind in _SHOWN.items()}
         print(f"{label!s:8s}   " + "   ".join(f"{value.short():20s}" for value in found.values())
               + f"   {report.calibration_error:.4f} ({report.calibration_noise:.4f})"
               + f"       {effective.short()}")
         for name, value in {**found, "ess": effective}.items():
             run.metric(f"{name}_{label}", value)
-    total = _sum_of([_measured(report, "kl_bound", n) for report in reports])
+    error = sum(report.kl_bound_std_error**2 for report in reports) ** 0.5
+    total = Measured(sum(report.kl_bound for report in reports), error, "lower bound", n)
     print(f"KL(q || p), all groups: at least {total}")
     return total if labels else run.metric("kl_bound", total)
-
-# %% ../../nbs/engine/groups.ipynb #7281719f
-def _measured(report: RatioReport, name: str, n: int) -> Measured:
-    "A number of a report with its error."
-    kind = "lower bound" if name == "kl_bound" else "estimate"
-    return Measured(getattr(report, name), getattr(report, f"{name}_std_error"), kind, n)
-
-def _sum_of(parts: Sequence[Measured]) -> Measured:
-    "The sum of independent numbers of one kind."
-    error = sum(part.std_error**2 for part in parts) ** 0.5
-    return Measured(sum(part.value for part in parts), error, parts[0].kind, parts[0].n, parts[0].unit)
