@@ -34,8 +34,7 @@ def undisturbed(device: torch.device):
 
     After it, threads and the random numbers of the CPU and this device are as before."""
     threads = torch.get_num_threads()
-    device_type = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device_type):
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         try:
