@@ -37,22 +37,19 @@ def stopping_together():
 
     On the others as KeyboardInterrupt, FloatingPointError, ValueError, OSError or RuntimeError, whichever it
     is first. Inside, a process must not wait for another one."""
+    here = this_process()
     own = None
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if this_process().num_processes == 1:
+        if here.num_processes == 1:
             raise
         own = error
-    if this_process().num_processes > 1 and _any_says(own is not None):
+    if here.num_processes > 1 and reduce(torch.tensor(float(own is not None), device=here.device), "sum") > 0:
         kind = next((kind for kind in _KINDS if isinstance(own, kind)), RuntimeError)
         told = gather_object([None if own is None else (kind, str(own))])
         kind, words = next(one for one in told if one is not None)
-        raise own if told[this_process().process_index] == (kind, words) else kind(words) from own
-
-def _any_says(yes: bool) -> bool:
-    "Whether a process says yes."
-    return reduce(torch.tensor(float(yes), device=this_process().device), "sum").item() > 0
+        raise own if told[here.process_index] == (kind, words) else kind(words) from own
 
 # %% ../../nbs/engine/processes.ipynb #1b962980
 def check_same(what: str, values: dict) -> None:
