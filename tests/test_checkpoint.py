@@ -1,4 +1,5 @@
 """Files that are whole or not there: what is refused, and writing aside and renaming, also of folders. Trainings that are killed: test_train.py."""
+import io
 import os
 import signal
 import subprocess
@@ -118,10 +119,10 @@ def test_the_older_one_goes_when_the_newer_is_read_back_and_not_before(tmp_path,
     write = checkpoint._Summed.write
     def lossy(self, data):
         size = write(self, data)
-        if self.file.tell() > 200:
-            self.file.seek(100)
-            self.file.write(b"?")
-            self.file.seek(0, os.SEEK_END)
+        if self.tell() > 200:
+            self.seek(100)
+            io.BufferedWriter.write(self, b"?")
+            self.seek(0, os.SEEK_END)
         return size
     monkeypatch.setattr(checkpoint._Summed, "write", lossy)
     with pytest.raises(OSError, match="a.pt: the disk does not give back what was written"):

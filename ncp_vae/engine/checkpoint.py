@@ -14,6 +14,7 @@ import warnings
 from contextlib import contextmanager
 from glob import escape
 from hashlib import sha256
+from io import BufferedWriter
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Callable
@@ -45,23 +46,20 @@ class Damaged(ValueError):
 
 _SUM, _BLOCK = sha256().digest_size, 2**20      # bytes: at the end of a file, and in memory at a time
 
-class _Summed:
+class _Summed(BufferedWriter):
     "A file that is being written, the sum of it so far, and the error that ended that."
-    def __init__(self, file):
-        self.file = file
+    def __init__(self, path: Path):
+        super().__init__(open(path, "wb", buffering=0))
         self.sum = sha256()
         self.error = None
 
     def write(self, data) -> int:
         self.sum.update(data)
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 def _is_whole(file) -> bool:
     "Whether an open file ends with the sum of all before it."
@@ -90,13 +88,12 @@ def save(path: str | Path, state: dict, keep: bool = False) -> Path:
     import torch
     path = Path(path)
     with replacing(path) as part:
-        with open(part, "wb") as file:
-            summed = _Summed(file)
+        with _Summed(part) as file:
             try:
-                torch.save(state, summed)
+                torch.save(state, file)
             except RuntimeError as error:            # what torch makes of an error of the disk
-                raise summed.error or error from error
-            file.write(summed.sum.digest())
+                raise file.error or error from error
+            file.write(file.sum.digest())
         with open(part, "rb") as file:
             if not _is_whole(file):
                 raise OSError(f"cannot write {path}: the disk does not give back what was written")
@@ -152,17 +149,23 @@ def load_last(path: str | Path, check: Callable[[Path, dict], None]) -> tuple[Pa
 
 # %% ../../nbs/engine/checkpoint.ipynb #64effb71
 @contextmanager
+def handled(number: int, handler: Callable):
+    "Inside, a signal goes to this handler (in the main thread, where signals arrive)."
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+@contextmanager
 def hold_interrupt():
     "Inside, Ctrl-C waits for the end (in the main thread, where signals arrive), in the list that is given."
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield []
-        return
     waiting = []
-    signal.signal(signal.SIGINT, lambda *about: waiting.append(about))
-    try:
+    with handled(signal.SIGINT, lambda *about: waiting.append(about)):
         yield waiting
-    finally:
-        signal.signal(signal.SIGINT, before)
     if waiting:
         signal.raise_signal(signal.SIGINT)

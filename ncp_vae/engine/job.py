@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
@@ -110,9 +109,9 @@ def _started(folder: Path, processes: int):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ncp_vae.engine.job", str(folder)]
     cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
-                               env={"OMP_NUM_THREADS": "1", **os.environ, **cpu})
+    with (open(folder / "log.txt", "a", encoding="utf-8") as log,
+          subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
+                           env={"OMP_NUM_THREADS": "1", **os.environ, **cpu}) as job):
         try:
             yield job
         finally:
@@ -121,7 +120,6 @@ def _started(folder: Path, processes: int):
                 job.wait(_GRACE)
             except subprocess.TimeoutExpired:
                 os.killpg(job.pid, signal.SIGKILL)
-                job.wait()
 
 # %% ../../nbs/engine/job.ipynb #7c9477ce
 def _follow(job: subprocess.Popen, history: Path, steps: int) -> None:
@@ -134,18 +132,6 @@ def _follow(job: subprocess.Popen, history: Path, steps: int) -> None:
                 bar.set_postfix(loss=row["loss"], refresh=False)
                 bar.update(row["step"] - bar.n)
 
-@contextmanager
-def _interrupted_by_sigterm():
-    "Inside, SIGTERM raises KeyboardInterrupt (in the main thread, where signals arrive)."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
 # %% ../../nbs/engine/job.ipynb #1f1218b9
 def in_job(folder: str | Path, train: str, model: nn.Module, data: Tensor | str, *, processes: int = 1,
            **settings) -> nn.Module:
@@ -157,7 +143,8 @@ def in_job(folder: str | Path, train: str, model: nn.Module, data: Tensor | str,
     if not (folder / "trained").exists():
         error = folder / "error.txt"
         error.unlink(missing_ok=True)                             # of an earlier attempt
-        with _interrupted_by_sigterm(), _started(folder, processes) as job:
+        with (checkpoint.handled(signal.SIGTERM, signal.default_int_handler),       # as Ctrl-C does
+              _started(folder, processes) as job):
             _follow(job, folder / "history.jsonl", settings["steps"])
         if job.returncode:
             words = error.read_text(encoding="utf-8").splitlines()[0] if error.exists() else "it died"
