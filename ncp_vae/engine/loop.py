@@ -109,7 +109,7 @@ def _optimizer(loss: nn.Module, lr: float, recipe: Recipe, device: torch.device)
 # %% ../../nbs/engine/loop.ipynb #c4a1e010
 def _take_moments(optimizer: torch.optim.Optimizer, moments: dict) -> bool:
     "Give a new optimizer the moments of a checkpoint; whether they are those of its weights."
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights = optimizer.param_groups[0]["params"]
     shapes = [(value.shape, weights[index].shape)
               for index, of_weight in moments.items() for value in of_weight.values()]
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
@@ -171,14 +171,11 @@ class _Training:
             self.step = self.kept = saved["step"]
             self.best = saved["best"]
 
-    def owner(self, name: str) -> int:
-        "The process whose weight or buffer of this name counts."
-        return self.loss.owner(name) if self.machine.split_groups else 0
-
     def share(self) -> None:
         "On all processes the weights and buffers of the one whose count."
         for name, value in self.loss.state_dict().items() if self.accelerator.num_processes > 1 else ():
-            value.copy_(broadcast(value.contiguous(), self.owner(name)))
+            owner = self.loss.owner(name) if self.machine.split_groups else 0
+            value.copy_(broadcast(value.contiguous(), owner))
 
 # %% ../../nbs/engine/loop.ipynb #de57b299
 def _moments(training: _Training) -> dict:
@@ -189,21 +186,8 @@ def _moments(training: _Training) -> dict:
     rank = training.accelerator.process_index
     own = {i: {key: value.cpu() for key, value in found[i].items()}
            for i, (name, _) in enumerate(training.loss.named_parameters())
-           if training.owner(name) == rank and i in found}
+           if training.loss.owner(name) == rank and i in found}
     return dict(sorted((i, of_weight) for told in gather_object([own]) for i, of_weight in told.items()))
-
-def _write(training: _Training, moments: dict) -> None:
-    "The checkpoint, on the first process; FloatingPointError where a weight is not finite."
-    weights = training.loss.state_dict()
-    spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if spoilt:
-        after = f"after step {training.step} of {training.settings['steps']}"
-        raise _diverged(training.settings, f"{after} {spoilt[0]} is not finite")
-    if training.checkpoint is not None and training.accelerator.is_main_process:
-        state = dict(settings=training.settings, step=training.step, best=training.best, loss=weights,
-                     moments=moments)
-        checkpoints.save(training.checkpoint, state, keep=training.sound)
-        training.sound = True
 
 # %% ../../nbs/engine/loop.ipynb #7e796d53
 def _keep(training: _Training) -> None:
@@ -213,8 +197,17 @@ def _keep(training: _Training) -> None:
     if training.machine.split_groups:
         training.share()
     moments = _moments(training)
+    weights = training.loss.state_dict()
     with stopping_together():
-        _write(training, moments)
+        spoilt = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+        if spoilt:
+            raise _diverged(training.settings, f"after step {training.step} of "
+                            f"{training.settings['steps']} {spoilt[0]} is not finite")
+        if training.checkpoint is not None and training.accelerator.is_main_process:
+            state = dict(settings=training.settings, step=training.step, best=training.best, loss=weights,
+                         moments=moments)
+            checkpoints.save(training.checkpoint, state, keep=training.sound)
+            training.sound = True
     training.kept = training.step
 
 # %% ../../nbs/engine/loop.ipynb #5d586383
@@ -256,17 +249,16 @@ def _take_step(training: _Training, x: Tensor) -> dict[str, Tensor]:
     FloatingPointError, before the weights move, where the loss or its gradient is not finite."""
     training.whole = False
     terms = _backward(training, x)
-    groups = training.optimizer.param_groups
-    weights = [weight for group in groups for weight in group["params"]]
+    group, = training.optimizer.param_groups
+    weights = group["params"]
     slope = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     terms, norm = _of_all(training, terms, slope)
     if not isfinite(terms["loss"] + norm):
-        what = f"the loss is {float(terms['loss'])} and its gradient's norm {float(norm)}"
-        raise _diverged(training.settings, f"{what} at step {training.step} of {training.settings['steps']}")
+        raise _diverged(training.settings, f"the loss is {float(terms['loss'])} and its gradient's norm "
+                        f"{float(norm)} at step {training.step} of {training.settings['steps']}")
     if clip := training.settings["recipe"]["clip"]:
         nn.utils.clip_grads_with_norm_(weights, clip, slope)
-    for group in groups:
-        group["lr"] = training.lr_at(training.step)
+    group["lr"] = training.lr_at(training.step)
     training.optimizer.step()
     training.optimizer.zero_grad()
     training.step += 1
@@ -335,9 +327,8 @@ def _look(training: _Training, monitor: Callable[[], dict] | None, best_from: in
         found = monitor()
     row, = broadcast_object_list([found])              # the first process's: all keep the same step
     if step >= best_from and row.get("loss", inf) < training.best["loss"]:
-        weights = training.loss.state_dict()
-        training.best = dict(step=step, loss=row["loss"],
-                             weights={key: value.to("cpu", copy=True) for key, value in weights.items()})
+        training.best = dict(step=step, loss=row["loss"], weights={
+            key: value.to("cpu", copy=True) for key, value in training.loss.state_dict().items()})
     with stopping_together():
         log(dict(stage=f"{training.settings['name']} held-out", step=step, **row,
                  best_step=training.best["step"]))
@@ -357,26 +348,19 @@ def _log_of(training: _Training, bar: tqdm, log: Callable[[dict], None], log_eve
             log(row)
     return told
 
-class _Pause:
-    "Of so many seconds between two saves, or of 40 times what the last one took, if that is longer; 0 is 0."
-    def __init__(self, seconds: float):
-        self.asked = self.seconds = seconds
-        self.began = time.monotonic()
+def _keep_in_time(training: _Training, due: float, save_every: float) -> float:
+    """Keep the state where that is due; when it is due next.
 
-    def is_over(self) -> bool:
-        return time.monotonic() - self.began > self.seconds
-
-    def after(self, save: Callable[[], None]) -> None:
-        "Save, and begin anew."
-        called = time.monotonic()
-        save()
-        self.began = time.monotonic()
-        self.seconds = self.asked and max(self.asked, 40 * (self.began - called))
-
-def _first_says(training: _Training, yes: bool) -> bool:
-    "What the first process says: clocks differ, and all must do the same."
-    here = training.accelerator
-    return yes if here.num_processes == 1 else broadcast(torch.tensor([yes], device=here.device)).item()
+    So many seconds lie between two saves, or 40 times what the last one took, if that is longer; 0 is 0."""
+    began = time.monotonic()
+    late = began > due
+    if training.accelerator.num_processes > 1:          # the first says: clocks differ, all must do the same
+        late = broadcast(torch.tensor([late], device=training.accelerator.device)).item()
+    if not late:
+        return due
+    _keep(training)
+    ended = time.monotonic()
+    return ended + (save_every and max(save_every, 40 * (ended - began)))
 
 # %% ../../nbs/engine/loop.ipynb #d4bb5d1a
 def _run(training: _Training, data, history, monitor, best_from: int, log_every: int,
@@ -390,18 +374,19 @@ def _run(training: _Training, data, history, monitor, best_from: int, log_every:
     bar = tqdm(left, name, steps, initial=training.step, mininterval=2.0, leave=False,
                disable=not here.is_main_process)
     tell = _log_of(training, bar, log, log_every)
-    pause = _Pause(save_every)
+    due = time.monotonic() + save_every
     held = checkpoints.hold_interrupt() if here.num_processes > 1 else nullcontext([])
     with held as training.interrupts:
         try:
             with undisturbed(here.device), torch.enable_grad(), bar:
                 for terms in bar:
                     tell(terms)
-                    if _first_says(training, pause.is_over()):
-                        pause.after(partial(_keep, training))
+                    due = _keep_in_time(training, due, save_every)
         finally:
             _keep(training)
     training.share()
+    if training.best["step"]:
+        training.loss.load_state_dict(training.best["weights"])
 
 # %% ../../nbs/engine/loop.ipynb #f642fe10
 def _check_fit(loss: nn.Module, data: Images, name: str, steps: int, lr: float, rows: int, parts: int,
@@ -433,15 +418,6 @@ def _sharing(data: Images, machine: Machine) -> dict:
         return dict(split_groups=True)
     return dict(processes=world) if world > 1 else {}
 
-def _begun(loss: nn.Module, settings: dict, recipe: Recipe, machine: Machine,
-           checkpoint: str | Path | None) -> _Training:
-    "The training that all processes begin, or go on with, at one step; ValueError where they would not."
-    check_same(settings["name"], settings)
-    with stopping_together():
-        training = _Training(loss, settings, recipe, machine, checkpoint)
-    check_same(f"{settings['name']}: the checkpoint", dict(step=training.step))
-    return training
-
 # %% ../../nbs/engine/loop.ipynb #fc0648e0
 def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float, seed: int, name: str,
         about: dict = {}, recipe: Recipe = Recipe(), machine: Machine = Machine(),
@@ -464,8 +440,8 @@ def fit(loss: nn.Module, data: Images, *, steps: int, batch_size: int, lr: float
                save_every)
     settings = dict(name=name, steps=steps, batch_size=batch_size, lr=lr, seed=seed, recipe=asdict(recipe),
                     **shared, **about)
-    training = _begun(loss, settings, recipe, machine, checkpoint)
+    check_same(name, settings)
+    with stopping_together():
+        training = _Training(loss, settings, recipe, machine, checkpoint)
+    check_same(f"{name}: the checkpoint", dict(step=training.step))
     _run(training, data, history, monitor, best_from, log_every, save_every)
-    weights = loss.state_dict()
-    for key, value in training.best["weights"].items():
-        weights[key].copy_(value)
