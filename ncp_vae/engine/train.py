@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
@@ -89,14 +88,12 @@ def _kl_without_trace(vae: TopDownVAE, parts: Sequence[Tensor]) -> Tensor:
 
     Random numbers and batch norms are left as they were."""
     norms = [module for module in vae.modules() if getattr(module, "track_running_stats", False)]
-    found = []
     try:
         for norm in norms:
             norm.track_running_stats = False
         with stopping_together(), torch.no_grad(), undisturbed(parts[0].device):
-            for part in parts:
-                walk = vae.walk(from_posterior(), evidence=vae.encode(part))
-                found.append(elbo_of(vae, walk, part).kl)
+            found = [elbo_of(vae, vae.walk(from_posterior(), evidence=vae.encode(part)), part).kl
+                     for part in parts]
     finally:
         for norm in norms:
             norm.track_running_stats = True
@@ -115,9 +112,8 @@ def _description(module: nn.Module) -> dict:
 def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: float) -> dict[str, float]:
     "The mean ELBO of images in eval mode, `rows` at a time, its error, and the loss that is minimised."
     generator = torch.Generator().manual_seed(seed)
-    device = Accelerator().device
     with torch.no_grad():
-        parts = [elbo(vae.eval(), x.to(device), generator) for x in images.split(rows)]
+        parts = [elbo(vae.eval(), x.to(this_process().device), generator) for x in images.split(rows)]
     vae.train()
     bounds = torch.cat([part.elbo for part in parts]).double()
     surplus = (1 - beta) * torch.cat([part.kl.sum(-1) for part in parts]).double()
@@ -171,7 +167,7 @@ def _warn_of_range(x: Tensor, likelihood: Distribution) -> None:
 # %% ../../nbs/engine/train.ipynb #acf50013
 def _eight(vae: TopDownVAE, data: Images, batch_size: int, seed: int) -> Tensor:
     "The first eight images, on the training device, where the VAE is then too, in eval mode."
-    device = Accelerator().device
+    device = this_process().device
     check_vae(vae).eval().to(device)
     return first_images(data, 8, batch_size, seed, device)[:8]
 
@@ -215,8 +211,7 @@ class NCELoss(nn.Module):
 
     def owner(self, name: str) -> int:
         "The process that trains the weight of this name, where they split the groups."
-        group, world = int(name.split(".")[1]), this_process().num_processes          # ratios.K.NAME
-        return next(rank for rank in range(world) if group in groups_of(rank, world, len(self.ratios)))
+        return int(name.split(".")[1]) % this_process().num_processes     # ratios.K.NAME; see `groups_of`
 
     def forward(self, x: Tensor, step: int) -> dict[str, Tensor]:
         if self.split:
@@ -251,10 +246,6 @@ def _check_split(ratios: Sequence[RatioEstimator], recipe: Recipe) -> None:
         raise ValueError(f"split_groups: clip {recipe.clip} is of the whole gradient, which no process has")
 
 # %% ../../nbs/engine/train.ipynb #78150b9b
-def _count_stages(ncp: NoiseContrastivePrior) -> int:
-    "How many stages an NCP was trained in."
-    return 1 + sum(isinstance(module, StagedRatio) for module in ncp.ratios[0].modules())
-
 def _stage_name(vae: TopDownVAE, base: NoiseContrastivePrior | None, sampler: Sampler | None) -> str:
     "ncp, ncp-2, ...; ValueError where one of base and sampler is missing, or base stands on another VAE."
     if (base is None) != (sampler is None):
@@ -265,26 +256,11 @@ def _stage_name(vae: TopDownVAE, base: NoiseContrastivePrior | None, sampler: Sa
     check_sampler(sampler)
     if base.vae is not vae:
         raise ValueError("fit_ncp: base was trained on another VAE than the one given")
-    return f"ncp-{1 + _count_stages(base)}"
-
-def _about_ncp(ncp: NoiseContrastivePrior, base: NoiseContrastivePrior | None,
-               sampler: Sampler | None) -> dict:
-    "What a checkpoint must agree with: the ratios' shape, the frozen VAE, the stages before, their sampler."
-    return dict(model=_description(ncp), frozen=digest("", ncp.vae.state_dict().values()),
-                base=base and digest("", base.ratios.state_dict().values()),
-                sampler=sampler and f"{type(sampler).__name__}{vars(sampler)}")
-
-# %% ../../nbs/engine/train.ipynb #f3398073
-_FEW = 2000    # images, fewer of which have a smaller ratio by default
-
-def _default_ratios(vae: TopDownVAE, images: int, seed: int) -> list[MLPRatio]:
-    "One perceptron a group, weights a function of the seed: App. I's size, or smaller where images are few."
-    hidden = (128, 128) if 0 < images < _FEW else (256, 256, 256)
-    with undisturbed(torch.device("cpu")):
-        torch.default_generator.manual_seed(stream(seed, "ratios"))
-        return [MLPRatio(z, c, hidden) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
+    return f"ncp-{2 + sum(isinstance(module, StagedRatio) for module in base.ratios[0].modules())}"
 
 # %% ../../nbs/engine/train.ipynb #totrain1
+_FEW = 2000    # images, fewer of which have a smaller ratio by default
+
 def _to_train(vae: TopDownVAE, data: Images, ratios: Sequence[RatioEstimator] | None, batch_size: int,
               seed: int, joint: bool = False) -> NoiseContrastivePrior:
     "The prior whose ratios are trained, on the training device, VAE and ratios tried out on eight images."
@@ -294,8 +270,11 @@ def _to_train(vae: TopDownVAE, data: Images, ratios: Sequence[RatioEstimator] | 
     else:
         with suppress(NotImplementedError):      # without a likelihood a frozen VAE has all that is needed
             _score(vae, x.round() if x.min() >= 0 and x.max() <= 1 else x)
-    if ratios is None:
-        ratios = _default_ratios(vae, count_images(data), seed)
+    if ratios is None:                           # of App. I's size, or smaller; their weights are the seed's
+        hidden = (128, 128) if 0 < count_images(data) < _FEW else (256, 256, 256)
+        with undisturbed(torch.device("cpu")):
+            torch.default_generator.manual_seed(stream(seed, "ratios"))
+            ratios = [MLPRatio(z, c, hidden) for z, c in zip(vae.latent_shapes, vae.context_shapes)]
     ncp = NoiseContrastivePrior(vae, ratios).to(x.device).eval()
     with torch.enable_grad(), undisturbed(x.device):
         group_logits(vae, ncp.ratios, x)
@@ -329,18 +308,17 @@ def _warn_if_overfitted(look: Callable[[Tensor], dict], seen: Tensor, held_out: 
 
 # %% ../../nbs/engine/train.ipynb #cf3c6557
 def _fit_watched(ncp: NoiseContrastivePrior, loss: NCELoss, data: Images, held_out: Tensor | None, *,
-                 batch_size: int, seed: int, about: dict, machine: Machine, **how) -> None:
+                 batch_size: int, seed: int, machine: Machine, **how) -> None:
     "`fit`, watched by the ratios' loss on held-out images where there are some, and compared at the end."
     if loss.split:
         _check_split(loss.ratios, how["recipe"])
     look = partial(_held_out_reports, ncp, loss.negatives, stream(seed, "held-out"),
                    -(-batch_size // machine.parts))
-    about = dict(about, data=digest_of_data(data), held_out=digest_of_data(held_out))
-    fit(loss, data, batch_size=batch_size, seed=seed, about=about, machine=machine,
+    fit(loss, data, batch_size=batch_size, seed=seed, machine=machine,
         monitor=None if held_out is None else partial(look, held_out), **how)
     if held_out is not None:
-        device = Accelerator().device
-        _warn_if_overfitted(look, first_images(data, len(held_out), batch_size, seed, device), held_out)
+        seen = first_images(data, len(held_out), batch_size, seed, this_process().device)
+        _warn_if_overfitted(look, seen, held_out)
 
 # %% ../../nbs/engine/train.ipynb #f922f40b
 def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None, steps: int,
@@ -357,21 +335,32 @@ def fit_ncp(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     ValueError where ratios or base do not fit the VAE, or one of base and sampler is missing."""
     name = _stage_name(vae, base, sampler)
     ncp = _to_train(vae, data, ratios, batch_size, seed)
+    about = dict(model=_description(ncp), frozen=digest("", vae.state_dict().values()),
+                 base=base and digest("", base.ratios.state_dict().values()),
+                 sampler=sampler and f"{type(sampler).__name__}{vars(sampler)}",
+                 data=digest_of_data(data), held_out=digest_of_data(held_out))
     speed_up(vae, machine.channels_last, machine.compile)
     loss = NCELoss(vae, ncp.ratios.train(), base, sampler, machine.split_groups)
     _fit_watched(ncp, loss, data, held_out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name=name,
-                 about=_about_ncp(ncp, base, sampler), recipe=recipe, machine=machine,
-                 history=history, checkpoint=checkpoint, save_every=save_every)
+                 about=about, recipe=recipe, machine=machine, history=history, checkpoint=checkpoint,
+                 save_every=save_every)
     if base is not None:
         ncp = NoiseContrastivePrior(vae, [StagedRatio(both) for both in zip(base.ratios, ncp.ratios)])
-    return ncp.to(Accelerator().device).eval()
+    return ncp.to(this_process().device).eval()
 
 # %% ../../nbs/engine/train.ipynb #c351cc38
-def _about_rival(ncp: NoiseContrastivePrior, data: Images, joint: bool, **how) -> dict:
-    "What a checkpoint must agree with: shapes, data, whatever is frozen, and how the ratios are trained."
+def _fit_rival(ncp: NoiseContrastivePrior, loss: EBMLoss | PoolLoss, data: Images, machine: Machine,
+               about: dict, **how) -> NoiseContrastivePrior:
+    """Train the ratios of a prior, and where the loss has it the VAE.
+
+    about: what a checkpoint must agree with besides shapes, data and whatever is frozen."""
+    joint = loss.vae is not None
     fixed = [p for p in ncp.vae.parameters() if not p.requires_grad]
     frozen = digest("", fixed if joint else ncp.vae.state_dict().values())
-    return dict(model=_description(ncp), frozen=frozen, joint=joint, data=digest_of_data(data), **how)
+    about = dict(model=_description(ncp), frozen=frozen, joint=joint, data=digest_of_data(data), **about)
+    speed_up(ncp.vae, machine.channels_last, machine.compile)
+    fit(loss.train(), data, about=about, machine=machine, **how)
+    return ncp.to(this_process().device).eval()
 
 # %% ../../nbs/engine/train.ipynb #bkgood15
 def _back_to_good(loss: EBMLoss, checkpoint: str | Path | None) -> str:
@@ -384,13 +373,6 @@ def _back_to_good(loss: EBMLoss, checkpoint: str | Path | None) -> str:
     if checkpoint is not None:
         where = f"in {checkpoints.save(f'{checkpoint}.good', dict(step=step, loss=state))}"
     return f"the last good state, that of step {step}, is {where}"
-
-def _chains(batch_size: int, parts: int) -> int:
-    "As many persistent chains as a forward pass has rows; ValueError on several processes."
-    world = this_process().num_processes
-    if world > 1:
-        raise ValueError(f"fit_ebm: persistent chains are of one process, and there are {world}")
-    return -(-batch_size // parts)
 
 # %% ../../nbs/engine/train.ipynb #959af948
 def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None,
@@ -406,28 +388,19 @@ def fit_ebm(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] |
     step and group, where energies or chains explode: the last good state is back and in CHECKPOINT.good."""
     check_sampler(sampler)
     ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
-    chains = _chains(batch_size, machine.parts) if persistent else 0
-    loss = EBMLoss(vae, ncp.ratios, sampler, joint, chains).train()
-    about = _about_rival(ncp, data, joint, persistent=persistent,
-                         sampler=f"{type(sampler).__name__}{vars(sampler)}")
-    speed_up(vae, machine.channels_last, machine.compile)
+    if persistent and this_process().num_processes > 1:
+        raise ValueError("fit_ebm: persistent chains are of one process, and there are "
+                         f"{this_process().num_processes}")
+    chains = -(-batch_size // machine.parts) if persistent else 0            # as a forward pass has rows
+    loss = EBMLoss(vae, ncp.ratios, sampler, joint, chains)
     ncp.sampler = sampler
+    about = dict(persistent=persistent, sampler=f"{type(sampler).__name__}{vars(sampler)}")
     try:
-        fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="ebm", about=about,
-            recipe=recipe, machine=machine, history=history, checkpoint=checkpoint,
-            save_every=save_every)
+        return _fit_rival(ncp, loss, data, machine, about, steps=steps, batch_size=batch_size, lr=lr,
+                          seed=seed, name="ebm", recipe=recipe, history=history, checkpoint=checkpoint,
+                          save_every=save_every)
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_back_to_good(loss, checkpoint)}") from error
-    return ncp.to(Accelerator().device).eval()
-
-# %% ../../nbs/engine/train.ipynb #own15001
-def _fit_pools(ncp: NoiseContrastivePrior, loss: PoolLoss, data: Images, machine: Machine, about: dict,
-               **how) -> NoiseContrastivePrior:
-    "Train the ratios, and where the loss has it the VAE, of a prior by the bound of its own sampler."
-    about = _about_rival(ncp, data, loss.vae is not None, proposals=loss.budgets, **about)
-    speed_up(ncp.vae, machine.channels_last, machine.compile)
-    fit(loss.train(), data, about=about, machine=machine, **how)
-    return ncp.to(Accelerator().device).eval()
 
 # %% ../../nbs/engine/train.ipynb #own15002
 def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] | None = None,
@@ -444,9 +417,9 @@ def fit_snis(vae: TopDownVAE, data: Images, *, ratios: Sequence[RatioEstimator] 
     ncp = _to_train(vae, data, ratios, batch_size, seed, joint)
     ncp.sampler = SIR(proposals)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint)
-    return _fit_pools(ncp, loss, data, machine, {}, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
-                      name="snis", recipe=recipe, history=history, checkpoint=checkpoint,
-                      save_every=save_every)
+    return _fit_rival(ncp, loss, data, machine, dict(proposals=loss.budgets), steps=steps,
+                      batch_size=batch_size, lr=lr, seed=seed, name="snis", recipe=recipe, history=history,
+                      checkpoint=checkpoint, save_every=save_every)
 
 # %% ../../nbs/engine/train.ipynb #own15003
 def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
@@ -464,6 +437,7 @@ def fit_lars(vae: TopDownVAE, data: Images, *, truncation: int = 100,
     ncp = NoiseContrastivePrior(vae, [Acceptance(ratio) for ratio in ncp.ratios], sampler)
     weigh = partial(lars_pool_weight, truncation=sampler.truncation)
     loss = PoolLoss(vae, ncp.ratios, proposals, joint, weigh)
-    return _fit_pools(ncp, loss, data, machine, dict(truncation=sampler.truncation), steps=steps,
-                      batch_size=batch_size, lr=lr, seed=seed, name="lars", recipe=recipe, history=history,
-                      checkpoint=checkpoint, save_every=save_every)
+    about = dict(proposals=loss.budgets, truncation=sampler.truncation)
+    return _fit_rival(ncp, loss, data, machine, about, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
+                      name="lars", recipe=recipe, history=history, checkpoint=checkpoint,
+                      save_every=save_every)
