@@ -273,10 +273,10 @@ def test_a_measure_of_draws_elsewhere(name):
 def test_samples_elsewhere_are_compared_with_images_on_the_cpu():
     torch.manual_seed(0)
     net, a, b = FeatureNet((1, 8, 8), 3).eval(), *torch.rand(2, 140, 1, 8, 8)
-    expected = nearest_in(a, b, 2)[0], feature_distance(net, a, b).value
+    expected = nearest_in(a, b, 2)[0], feature_distance(net, a, b, 2).value
     with elsewhere():
         assert torch.equal(nearest_in(a.to(THERE), b, 2)[0], expected[0])
-        assert feature_distance(net.to(THERE), a.to(THERE), b).value == pytest.approx(expected[1], rel=1e-9)
+        assert feature_distance(net.to(THERE), a.to(THERE), b, 2).value == pytest.approx(expected[1], rel=1e-9)
 
 
 # ---- it can fail ----------------------------------------------------------------------------------------------------

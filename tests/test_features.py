@@ -138,10 +138,11 @@ def test_a_linear_remix_of_the_features_changes_no_distance(digits):
 
 def test_what_cannot_be_measured_is_refused(net):
     images = torch.rand(100, 1, 8, 8)
-    for a, b, words in [(images, images[..., 1:], r"shape \(1, 8, 8\), got \(1, 8, 7\)"), (images, images + 1, r"expected \[0, 1\]"),
-                        (images, images / 0, "NaN or infinite"), (images, images[:66], "at least 65 rows, got 62"), (images[:, 0], images, r"got \(8, 8\)")]:
+    for a, b, blocks, words in [(images, images[..., 1:], 20, r"shape \(1, 8, 8\), got \(1, 8, 7\)"), (images, images + 1, 20, r"expected \[0, 1\]"),
+                                (images, images / 0, 20, "NaN or infinite"), (images, images, 1, "blocks must lie between 2 and .* 100, got 1"),
+                                (images, images[:66], 20, "at least 65 rows, got 62"), (images[:, 0], images, 20, r"got \(8, 8\)")]:
         with pytest.raises(ValueError, match=words):
-            feature_distance(net, a, b)
+            feature_distance(net, a, b, blocks)
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------
