@@ -18,7 +18,7 @@ from ncp_vae.engine.features import (FeatureNet, frechet_distance, gaussian_dist
                                      left_out)
 from ncp_vae.engine.fid import (NVAE_50K_TRAIN, PROTOCOLS, RAE_10K_TEST, ImageScorer, ImageScores, Protocol, _claimed_name,
                                 _ClassifierFeatures, _features, _reference_indices, drawn_from, excess_left, features_for,
-                                kernel_distance, lower_by, reconstructions, to_bytes)
+                                kernel_distance, lower_by, published_distance, reconstructions, to_bytes)
 from ncp_vae.engine.neighbours import _neighbour_view, nearest, nearest_in
 from ncp_vae.measured import Measured
 from ncp_vae.models.flat import DenseVAE
@@ -558,3 +558,12 @@ def test_an_image_finds_itself():
 def test_bad_neighbours_are_refused(k, shape, words):
     with pytest.raises(ValueError, match=words):
         nearest_in(torch.rand(2, *shape), Rows(torch.rand(5, 1, 8, 8)), k=k)
+
+
+@pytest.mark.parametrize("model, name, unit, protocol, printed", [
+    ("nvae:celeba64-30", "ncp", "FID", "nvae-50k-train", 5.25), ("nvae:cifar10", "base", "FID", "nvae-50k-train", 51.71),
+    ("nvae:celeba64-6", "ncp", "FID", "nvae-50k-train", 18.68), ("nvae:celeba64-6", "reconstruction", "FID", "nvae-50k-train", None),
+    ("nvae:celeba64-30", "ncp", "feature distance", "nvae-50k-train", None), ("nvae:celeba64-30", "ncp", "FID", "rae-10k-test", None),
+    ("nvae:celeba64-30", "budgets", "FID", "nvae-50k-train", None), ("dense", "ncp", "FID", "nvae-50k-train", None)])
+def test_the_papers_fid_stands_beside_its_own_experiment_alone(model, name, unit, protocol, printed):
+    assert published_distance(model, name, ImageScores(Measured(9.0, unit=unit), 50_000, 162_770, "one", protocol, "these")) == printed
