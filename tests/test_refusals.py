@@ -351,7 +351,7 @@ def test_numbers_that_are_none(value):
     for name in ("lr_end", "lr_warm_up", "weight_decay", "clip"):
         with pytest.raises(ValueError, match=f"Recipe: .*{name}.* must be finite and at least 0, got .*{value}"):
             Recipe(**{name: value})
-    for name in ("beta", "kl_warmup", "spectral", "spectral_start"):
+    for name in ("beta", "kl_warmup", "spectral", "spectral_start", "moments"):
         with pytest.raises(ValueError, match=f"fit_vae: .*{name}.* must be finite and at least 0, got .*{value}"):
             fit_vae(Own(), IMAGES, **FEW, **{name: value})
     with pytest.raises(ValueError, match=f"lr positive and finite, got 2 and {value}"):

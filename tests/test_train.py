@@ -28,7 +28,7 @@ from ncp_vae.models.nvae import NVAE, preset
 from ncp_vae.models.ratios import MLPRatio
 from ncp_vae.resampling import SIR
 from ncp_vae.sampling import JointMALA
-from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
+from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal, from_posterior
 
 KILLED = """
 import os, signal, sys, torch
@@ -788,7 +788,7 @@ def test_beta_weighs_the_kl_in_training_and_in_the_choice(tmp_path):
     bound = elbo(vae, x, torch.Generator().manual_seed(stream(0, "held-out")))
     assert row["elbo"] == pytest.approx(bound.elbo.mean().item(), abs=1e-3)
     assert row["loss"] == pytest.approx((2 * bound.kl.sum(-1) - bound.elbo).mean().item(), abs=1e-3)
-    with pytest.raises(ValueError, match=r"beta, spectral, spectral_start must be finite and at least 0, got \[0, -1"):
+    with pytest.raises(ValueError, match=r"beta, spectral, spectral_start, moments must be finite and at least 0, got \[0, -1"):
         fit_vae(vae, x, beta=-1, steps=1, batch_size=64, lr=1e-4, seed=0)
 
 
@@ -848,6 +848,37 @@ def test_the_price_on_the_weights_falls_in_a_line_of_its_logarithm():
         return ((VAELoss(vae, kl_warmup=10, **how)(x, step)["loss"] - free) / vae.regularisation()).item()
     assert [price(step, spectral=0.1, spectral_start=10.0) for step in (0, 5, 10)] == pytest.approx([10, 1, 0.1], rel=1e-3)
     assert [price(step, spectral=0.1) for step in (0, 5, 10)] == pytest.approx([0.1] * 3, rel=1e-3)
+
+
+def test_the_price_on_the_moments_is_that_of_the_latents_of_the_batch():
+    "Its twin without the square of the mean, or with the deviation for the variance, is off by more than a hundredth."
+    vae, x = DenseHierarchy((1, 4, 4), 2, 3, 8, 4), torch.rand(16, 1, 4, 4).round()
+    def loss(**how):
+        torch.manual_seed(0)
+        return VAELoss(vae, kl_warmup=0, **how)(x, 0)
+    torch.manual_seed(0)
+    z = torch.cat([group.flatten(1) for group in vae.walk(from_posterior(), evidence=vae.encode(x)).latents], 1).detach().numpy()
+    price = (z.mean(0) ** 2 + (z.var(0) - 1) ** 2).mean()
+    found = (loss(moments=2.0)["loss"] - loss()["loss"]).item() / 2
+    assert found == pytest.approx(price, abs=1e-5) and loss(moments=2.0)["elbo"] == loss()["elbo"]
+    assert abs(found - ((z.var(0) - 1) ** 2).mean()) > 0.01 and abs(found - (z.mean(0) ** 2 + (z.std(0) - 1) ** 2).mean()) > 0.01
+
+
+def test_moments_hold_the_latents_under_a_flow(tmp_path):
+    "A flow follows wherever the latents go, so that without the price their variance is any; one seed, far from either limit."
+    found = {}
+    for moments in (0.0, 10.0):
+        torch.manual_seed(0)
+        vae = WithPriors(DenseVAE((1, 4, 4), 2, (16,)), [RealNVP(2, 2, 8)])
+        x = torch.rand(512, 1, 4, 4, generator=torch.Generator().manual_seed(0)).round()
+        x[:, :, :2] = x[:, :, :1, :1]                                 # something to tell
+        fit_vae(vae, x, moments=moments, steps=300, batch_size=64, lr=5e-3, seed=0, checkpoint=tmp_path / f"{moments}.ckpt")
+        with torch.no_grad():
+            z = vae.walk(from_posterior(torch.Generator().manual_seed(0)), evidence=vae.encode(x)).latents[0]
+        found[moments] = (z.mean(0) ** 2 + (z.var(0) - 1) ** 2).mean().item()
+    assert found[10.0] < 0.02 < 0.1 < found[0.0]
+    with pytest.raises(ValueError, match="moments"):                  # and a checkpoint knows of it
+        fit_vae(vae, x, moments=1.0, steps=300, batch_size=64, lr=5e-3, seed=0, checkpoint=tmp_path / "10.0.ckpt")
 
 
 def test_synchronised_batch_norm_on_one_process_is_batch_norm():

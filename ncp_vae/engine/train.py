@@ -42,10 +42,15 @@ def _without_priors(vae: TopDownVAE) -> TopDownVAE:
     return _without_priors(vae.vae) if isinstance(vae, WithPriors) else vae
 
 # %% ../../nbs/engine/train.ipynb #012cb1b9
+def _off_standard(latents: Sequence[Tensor]) -> Tensor:
+    "Reg[q(z)]: (E z)^2 + (Var z - 1)^2 of a coordinate in a batch, averaged over all of them."
+    z = torch.cat([group.flatten(1) for group in latents], 1)
+    return (z.mean(0)**2 + (z.var(0, correction=0) - 1)**2).mean()
+
 class VAELoss(nn.Module):
     "Minus the mean ELBO, its KL weighted by beta min(1, step / kl_warmup), and what `fit_vae` describes."
     def __init__(self, vae: TopDownVAE, kl_warmup: int, kl_balance: bool = False, spectral: float = 0.0,
-                 beta: float = 1.0, spectral_start: float = 0.0):
+                 beta: float = 1.0, spectral_start: float = 0.0, moments: float = 0.0):
         super().__init__()
         self.vae = vae
         self.kl_warmup = kl_warmup
@@ -53,6 +58,7 @@ class VAELoss(nn.Module):
         self.spectral = spectral
         self.beta = beta
         self.spectral_start = spectral_start or spectral
+        self.moments = moments
         for needed, used in [("kl_weights", kl_balance), ("regularisation", spectral)]:
             if used and not hasattr(_without_priors(vae), needed):
                 raise ValueError("kl_balance and spectral are for models like NVAE; "
@@ -72,7 +78,8 @@ class VAELoss(nn.Module):
 
     def forward(self, x: Tensor, step: int, shares: Tensor | None = None, priced: float = 1.0) -> dict:
         risen = self.risen(step)
-        bound = elbo(self.vae, x)
+        walk = self.vae.walk(from_posterior(), evidence=encoded(self.vae, x))
+        bound = elbo_of(self.vae, walk, x)
         reconstruction, kl = bound.reconstruction.mean(), bound.kl.sum(-1).mean()
         if shares is None:
             shares = _without_priors(self.vae).kl_weights(bound.kl) if self.kl_balance and risen < 1 else 1.0
@@ -80,6 +87,8 @@ class VAELoss(nn.Module):
         if self.spectral and priced:
             weight = self.spectral * (self.spectral_start / self.spectral) ** (1 - risen)
             loss = loss + priced * weight * _without_priors(self.vae).regularisation()
+        if self.moments:
+            loss = loss + self.moments * _off_standard(walk.latents)
         return dict(loss=loss, elbo=(reconstruction - kl).detach(), kl=kl.detach())
 
 # %% ../../nbs/engine/train.ipynb #724fea26
@@ -121,25 +130,29 @@ def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: 
                 elbo_std_error=round(bounds.std().item() / len(bounds) ** 0.5, 6))
 
 # %% ../../nbs/engine/train.ipynb #f0a00688
+_NEWER = "spectral_start", "moments"       # settings that the first checkpoints do not know: named where used
+
 def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: float, seed: int,
             kl_warmup: int = 0, beta: float = 1.0, kl_balance: bool = False, spectral: float = 0.0,
-            spectral_start: float = 0.0, held_out: Tensor | None = None, recipe: Recipe = Recipe(),
-            machine: Machine = Machine(), history: str | Path | None = None,
+            spectral_start: float = 0.0, moments: float = 0.0, held_out: Tensor | None = None,
+            recipe: Recipe = Recipe(), machine: Machine = Machine(), history: str | Path | None = None,
             checkpoint: str | Path | None = None, save_every: float = 60.0) -> TopDownVAE:
     """Stage one: maximise the ELBO (Eq. 1, 2). Returns the same vae, in eval mode, on the training device.
 
     data: [N, *image], a Dataset or a DataLoader of images. Parameters that need no gradient stay as they are.
     kl_warmup: steps over which the KL's weight goes from 0 to beta. kl_balance: share it out by
     vae.kl_weights(kl) meanwhile, [B, K] -> [K]. spectral: weight of vae.regularisation(), log-linearly from
-    spectral_start (0: constant) meanwhile. held_out: [N, *image] not in data; their ELBO stands in the
+    spectral_start (0: constant) meanwhile. moments: weight of Reg[q(z)] (flow paper, App. B), which holds the
+    latents of a batch to mean 0 and variance 1. held_out: [N, *image] not in data; their ELBO stands in the
     history, and the weights of the highest (KL weighted by beta) after it are kept. The rest: see `fit`."""
-    numbers = dict(kl_warmup=kl_warmup, beta=beta, spectral=spectral, spectral_start=spectral_start)
+    numbers = dict(kl_warmup=kl_warmup, beta=beta, spectral=spectral, spectral_start=spectral_start,
+                   moments=moments)
     check_finite("fit_vae", **numbers)
     _try_out(vae, _eight(vae, data, batch_size, seed))
     about = dict(data=digest_of_data(data), held_out=digest_of_data(held_out), model=_description(vae),
                  frozen=digest("", [p for p in vae.parameters() if not p.requires_grad]),
-                 kl_balance=kl_balance, **{k: v for k, v in numbers.items() if v or k != "spectral_start"})
-    loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral, beta, spectral_start)
+                 kl_balance=kl_balance, **{k: v for k, v in numbers.items() if v or k not in _NEWER})
+    loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral, beta, spectral_start, moments)
     look = partial(_held_out_elbo, vae, held_out, stream(seed, "held-out"), -(-batch_size // machine.parts),
                    beta)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae", about=about,
