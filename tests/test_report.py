@@ -560,6 +560,21 @@ def test_a_hierarchy_shows_the_number_of_each_group(tmp_path):
     assert [row["ESS"] for row in rows] == ["20.00 ± 0.50; 9.00 ± 0.50", "5.00 ± 0.50"]
 
 
+def test_what_was_measured_besides_makes_no_other_model(with_flows):
+    for seed in range(2):
+        frozen(with_flows, seed)
+    folder = with_flows / "seed1"
+    params = json.loads((folder / "params.json").read_text())
+    params["params"]["earlier"] = "5,10"
+    (folder / "params.json").write_text(json.dumps(params))
+    record = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**record, "params": params["params"]}))
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / "earlier.png").write_bytes(b"")
+    parts = report.sections(*report.read_results(with_flows))
+    assert "(`seed0`, `seed1`)" in parts["Priors on one frozen VAE"] and "seed1/figures/earlier.png" in parts["Pictures"]
+
+
 def test_the_verdict_names_the_leaders_and_whether_their_lead_is_beyond_its_error(with_flows):
     for seed in range(3):
         frozen(with_flows, seed)

@@ -206,10 +206,12 @@ def _row(claim: SimpleNamespace, family: list, own: bool) -> SimpleNamespace | N
 
 # %% ../../nbs/engine/report.ipynb #5c915f71
 def _families(runs: list) -> list[list[SimpleNamespace]]:
-    "Runs that differ by nothing but the seed, together."
+    "Runs that differ by nothing but the seed, and what was measured besides, together."
     found = {}
     for run in runs:
-        key = json.dumps([run.experiment, {**run.params, "seed": None}], sort_keys=True)
+        besides = paper.NOTEBOOKS.get(run.experiment, {}).get("besides", [])
+        key = json.dumps([run.experiment, {**run.params, **dict.fromkeys(["seed", *besides])}],
+                         sort_keys=True)
         found.setdefault(key, []).append(run)
     return list(found.values())
 
@@ -450,14 +452,14 @@ def _not_run(runs: list) -> str:
 
 # %% ../../nbs/engine/report.ipynb #e8822711
 def _pictures(runs: list, results: str) -> str:
-    "The figures of the first seed of each model, each with a sentence; results: the way to the runs."
+    "The figures of the first seed that has them of each model, with a sentence; results: the way there."
     inside = {name for run in runs for name in run.parts}      # shown by the run that compares them
     return "\n\n".join(
         f"![{name} of {run.name}]({results}/{run.name}/figures/{name}.png)\n\n"
         f"*{_about(run, 'model')} on {_label([run])}: {caption}*"
-        for run, *_ in _families([run for run in runs if run.name not in inside])
-        for name, caption in paper.NOTEBOOKS.get(run.experiment, {}).get("figures", {}).items()
-        if name in run.figures) or "None."
+        for family in _families([run for run in runs if run.name not in inside])
+        for name, caption in paper.NOTEBOOKS.get(family[0].experiment, {}).get("figures", {}).items()
+        for run in [run for run in family if name in run.figures][:1]) or "None."
 
 # %% ../../nbs/engine/report.ipynb #f5bc6710
 def _trained(run: SimpleNamespace) -> str:
