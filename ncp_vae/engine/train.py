@@ -41,12 +41,13 @@ def _without_priors(vae: TopDownVAE) -> TopDownVAE:
     "The VAE inside `WithPriors`, or else itself."
     return _without_priors(vae.vae) if isinstance(vae, WithPriors) else vae
 
-# %% ../../nbs/engine/train.ipynb #012cb1b9
+# %% ../../nbs/engine/train.ipynb #momen001
 def _off_standard(latents: Sequence[Tensor]) -> Tensor:
     "Reg[q(z)]: (E z)^2 + (Var z - 1)^2 of a coordinate in a batch, averaged over all of them."
     z = torch.cat([group.flatten(1) for group in latents], 1)
     return (z.mean(0)**2 + (z.var(0, correction=0) - 1)**2).mean()
 
+# %% ../../nbs/engine/train.ipynb #012cb1b9
 class VAELoss(nn.Module):
     "Minus the mean ELBO, its KL weighted by beta min(1, step / kl_warmup), and what `fit_vae` describes."
     def __init__(self, vae: TopDownVAE, kl_warmup: int, kl_balance: bool = False, spectral: float = 0.0,
@@ -117,6 +118,8 @@ def _description(module: nn.Module) -> dict:
     config = getattr(module, "config", None)
     return {**about, "config": config.to_dict()} if hasattr(config, "to_dict") else about
 
+_NEWER = "spectral_start", "moments"       # settings that the first checkpoints do not know: named where used
+
 # %% ../../nbs/engine/train.ipynb #2f51dff8
 def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: float) -> dict[str, float]:
     "The mean ELBO of images in eval mode, `rows` at a time, its error, and the loss that is minimised."
@@ -130,8 +133,6 @@ def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: 
                 elbo_std_error=round(bounds.std().item() / len(bounds) ** 0.5, 6))
 
 # %% ../../nbs/engine/train.ipynb #f0a00688
-_NEWER = "spectral_start", "moments"       # settings that the first checkpoints do not know: named where used
-
 def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: float, seed: int,
             kl_warmup: int = 0, beta: float = 1.0, kl_balance: bool = False, spectral: float = 0.0,
             spectral_start: float = 0.0, moments: float = 0.0, held_out: Tensor | None = None,
