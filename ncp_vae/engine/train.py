@@ -123,7 +123,7 @@ _NEWER = "spectral_start", "moments"       # settings that the first checkpoints
 # %% ../../nbs/engine/train.ipynb #2f51dff8
 def _held_out_elbo(vae: TopDownVAE, images: Tensor, seed: int, rows: int, beta: float) -> dict[str, float]:
     "The mean ELBO of images in eval mode, `rows` at a time, its error, and the loss that is minimised."
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream(seed, "held-out"))
     with torch.no_grad():
         parts = [elbo(vae.eval(), x.to(this_process().device), generator) for x in images.split(rows)]
     vae.train()
@@ -154,8 +154,7 @@ def fit_vae(vae: TopDownVAE, data: Images, *, steps: int, batch_size: int, lr: f
                  frozen=digest("", [p for p in vae.parameters() if not p.requires_grad]),
                  kl_balance=kl_balance, **{k: v for k, v in numbers.items() if v or k not in _NEWER})
     loss = VAELoss(vae.train(), kl_warmup, kl_balance, spectral, beta, spectral_start, moments)
-    look = partial(_held_out_elbo, vae, held_out, stream(seed, "held-out"), -(-batch_size // machine.parts),
-                   beta)
+    look = partial(_held_out_elbo, vae, held_out, seed, -(-batch_size // machine.parts), beta)
     fit(loss, data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, name="vae", about=about,
         recipe=recipe, machine=machine, monitor=None if held_out is None else look, best_from=kl_warmup,
         history=history, checkpoint=checkpoint, save_every=save_every)
