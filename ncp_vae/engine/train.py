@@ -41,6 +41,12 @@ def _without_priors(vae: TopDownVAE) -> TopDownVAE:
     "The VAE inside `WithPriors`, or else itself."
     return _without_priors(vae.vae) if isinstance(vae, WithPriors) else vae
 
+def _check_methods(vae: TopDownVAE, **used) -> None:
+    "ValueError where a method of the VAE is used that it has not."
+    for needed in [name for name in used if used[name] and not hasattr(_without_priors(vae), name)]:
+        raise ValueError("kl_balance and spectral are for models like NVAE; "
+                         f"{type(vae).__name__} has no {needed}")
+
 # %% ../../nbs/engine/train.ipynb #momen001
 def _off_standard(latents: Sequence[Tensor]) -> Tensor:
     "Reg[q(z)]: (E z)^2 + (Var z - 1)^2 of a coordinate in a batch, averaged over all of them."
@@ -60,10 +66,7 @@ class VAELoss(nn.Module):
         self.beta = beta
         self.spectral_start = spectral_start or spectral
         self.moments = moments
-        for needed, used in [("kl_weights", kl_balance), ("regularisation", spectral)]:
-            if used and not hasattr(_without_priors(vae), needed):
-                raise ValueError("kl_balance and spectral are for models like NVAE; "
-                                 f"{type(vae).__name__} has no {needed}")
+        _check_methods(vae, kl_weights=kl_balance, regularisation=spectral)
 
     def risen(self, step: int) -> float:
         "The share of its warm-up that the KL has behind it."
@@ -71,11 +74,10 @@ class VAELoss(nn.Module):
 
     def prepare(self, parts: Sequence[Tensor], step: int) -> list[tuple[Tensor | None, float]]:
         "For each part: the whole batch's shares of the KL, and how often the price on the weights counts."
-        n = sum(map(len, parts))
         shares = None
         if self.kl_balance and self.risen(step) < 1 and len(parts) * this_process().num_processes > 1:
             shares = _without_priors(self.vae).kl_weights(_kl_without_trace(self.vae, parts))
-        return [(shares, n / len(part) if part is parts[0] else 0.0) for part in parts]
+        return [(shares, sum(map(len, parts)) / len(part) if part is parts[0] else 0.0) for part in parts]
 
     def forward(self, x: Tensor, step: int, shares: Tensor | None = None, priced: float = 1.0) -> dict:
         risen = self.risen(step)
