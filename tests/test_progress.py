@@ -200,6 +200,7 @@ def test_histories_become_scalars_and_twice_is_once(run_in, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     folder = run_in("toy/a b", [row(100, 2.0), LOOK])
     (folder / "vae.jsonl").write_text(json.dumps(row(1, 1.0, "vae")) + "\n")
+    (folder / "mixture.jsonl").write_text(json.dumps({"stage": "mixture", "seconds": 3.0}) + "\n")     # fitted, and not in steps
     (folder / "tensorboard").mkdir()
     (folder / "tensorboard" / "of an earlier look").touch()
     assert cli.main(["tensorboard", str(folder)]) == 0
@@ -207,7 +208,8 @@ def test_histories_become_scalars_and_twice_is_once(run_in, monkeypatch, capsys)
     target = folder / "tensorboard"
     assert {name: set(each) for name, each in scalars.items()} == {
         str(target / "history"): {("ncp/seconds", 2.0, 100), ("ncp/loss", 1.0, 100), ("ncp held-out/loss", 1.0, 300), "closed"},
-        str(target / "vae"): {("vae/seconds", 1.0, 1), ("vae/loss", 1.0, 1), "closed"}}
-    assert to_tensorboard(folder) == target and sorted(path.name for path in target.iterdir()) == ["history", "vae"]
+        str(target / "vae"): {("vae/seconds", 1.0, 1), ("vae/loss", 1.0, 1), "closed"},
+        str(target / "mixture"): {("mixture/seconds", 3.0, 0), "closed"}}
+    assert to_tensorboard(folder) == target and sorted(path.name for path in target.iterdir()) == ["history", "mixture", "vae"]
     with pytest.raises(ValueError, match="there is no history in"):
         to_tensorboard(run_in("toy/c"))

@@ -124,5 +124,5 @@ def to_tensorboard(folder: Path) -> Path:
         with SummaryWriter(str(target / path.stem)) as writer:
             for row in read_history(path):
                 for name in row.keys() - {"stage", "step", "steps"}:
-                    writer.add_scalar(f"{row['stage']}/{name}", row[name], row["step"])
+                    writer.add_scalar(f"{row['stage']}/{name}", row[name], row.get("step", 0))
     return target
