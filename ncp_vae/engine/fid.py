@@ -97,9 +97,13 @@ NVAE_50K_TRAIN = Protocol("nvae-50k-train", 50_000, 50_000, "train",
                           "ones, drops their last batch, does not round, and chains both splits of CelebA-HQ")
 RAE_10K_TEST = Protocol("rae-10k-test", 10_000, 10_000, "test",
                         "Table 7: as the regularised autoencoders were scored", shuffled=False)
-PROTOCOLS = {protocol.name: protocol for protocol in (
-    NVAE_50K_TRAIN, RAE_10K_TEST, Protocol("joint-ebm-30k", 30_000, None, "train",
-                                           "CelebA-HQ-256: as the joint EBM prior on NVAE was scored"))}
+
+# %% ../../nbs/engine/fid.ipynb #ebm30k01
+JOINT_EBM_30K = Protocol("joint-ebm-30k", 30_000, None, "train",
+                         "CelebA-HQ-256: as the joint EBM prior on NVAE was scored")
+
+# %% ../../nbs/engine/fid.ipynb #protoc01
+PROTOCOLS = {protocol.name: protocol for protocol in (NVAE_50K_TRAIN, RAE_10K_TEST, JOINT_EBM_30K)}
 
 # %% ../../nbs/engine/fid.ipynb #bbdccba6
 @dataclass(frozen=True)

@@ -340,8 +340,11 @@ def _ranges(numbers: list[str]) -> str:
 
 def _items(names: list[str]) -> str:
     "['Table 1', 'Table 2', 'RealNVP Figure B.4'] -> 'Table 1, 2; RealNVP Figure B.4'."
-    kinds = groupby((name.rsplit(" ", 1) for name in names), itemgetter(0))
-    return "; ".join(f"{kind} {_ranges([number for _, number in same])}" for kind, same in kinds)
+    found = {}
+    for name in names:
+        kind, _, number = name.rpartition(" ")
+        found.setdefault(kind, []).append(number)
+    return "; ".join(f"{kind} {_ranges(numbers)}" for kind, numbers in found.items())
 
 # %% ../../nbs/engine/report.ipynb #92adf913
 def _effect(row: SimpleNamespace) -> str:
