@@ -1,6 +1,6 @@
 """The rules of CONTRIBUTING.md that a machine can check. A test names every offender, not just the first one."""
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import runpy
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import nbformat
@@ -198,6 +199,18 @@ def test_imports_only_go_down():
         return FLOORS.get(parts[1], 0) if parts[0] == "ncp_vae" and len(parts) > 1 else 0
     none(f"{where}: imports {module}" for where, cell in cells("code") for node in imports(tree(cell)) for module in imported(node)
          if floor(module) > FLOORS[Path(where.split()[0]).relative_to("nbs").parent.as_posix()])
+
+
+def test_modules_import_each_other_in_no_circle():
+    "Imports inside functions and for type checking count too."
+    paths = [path for path in (ROOT / "ncp_vae").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")]
+    needs = {".".join(path.relative_to(ROOT).with_suffix("").parts): set() for path in paths}
+    for path, (name, needed) in zip(paths, needs.items()):
+        for node in (node for node in imports(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), name.rpartition(".")[0])
+            needed.update({module, *(f"{module}.{alias.name}" for alias in node.names)} & needs.keys())
+    assert sum(map(len, needs.values())) > 200                      # they were found
+    list(TopologicalSorter(needs).static_order())                   # CycleError names a circle
 
 
 # ---- run notebooks --------------------------------------------------------------------------------------------------
