@@ -172,6 +172,13 @@ class InvertibleDense(nn.Module):
         rows = torch.linalg.solve_triangular(upper, rows, upper=True)
         return rows.view_as(w.transpose(0, 1)).transpose(0, 1), self._log_det(w)
 
+class Reversed(nn.Module):
+    "w is z in reverse order along its first axis."
+    def transform(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z.flip(1), z.new_zeros(len(z))
+
+    inverse = transform
+
 # %% ../nbs/theory/12_flows.ipynb #a2fd041c
 def _event(dim: int | tuple[int, ...], least: int, why: str) -> torch.Size:
     "The shape of a group from its size or shape; ValueError where its first axis is shorter than `least`."
@@ -190,16 +197,18 @@ class RealNVP(nn.Module):
     """A flow of [invertible dense, coupling, actnorm] blocks, and a law for `WithPriors`. FP 2.2, B.2.
 
     dim: numbers of the group, or its shape: (D,) or, with convolutions, (C, H, W). blocks: K. hidden:
-    units, or channels, of each coupling's hidden layer. ValueError where there is nothing to divide."""
-    def __init__(self, dim: int | tuple[int, ...], blocks: int = 20, hidden: int = 256):
+    units, or channels, of each coupling's hidden layer. pure: couplings alone, the order turned round before
+    each (FP Table B.4). ValueError where there is nothing to divide."""
+    def __init__(self, dim: int | tuple[int, ...], blocks: int = 20, hidden: int = 256, pure: bool = False):
         super().__init__()
-        self.dim, self.blocks, self.hidden = dim, blocks, hidden
+        self.dim, self.blocks, self.hidden, self.pure = dim, blocks, hidden, pure
         event = _event(dim, 2, "a coupling divides")
         if min(blocks, hidden) < 1:
             raise ValueError(f"RealNVP: blocks and hidden must be at least 1, got {blocks} and {hidden}")
         self.layers = nn.ModuleList()
         for _ in range(blocks):
-            self.layers.extend([InvertibleDense(event), Coupling(event, hidden), ActNorm(event)])
+            self.layers.extend([Reversed(), Coupling(event, hidden)] if pure else
+                               [InvertibleDense(event), Coupling(event, hidden), ActNorm(event)])
         self.register_buffer("zeros", torch.zeros(event), persistent=False)
 
     def transform(self, z: Tensor) -> tuple[Tensor, Tensor]:

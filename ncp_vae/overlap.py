@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Independent
 from .bound import paired_iwae
 from .holes import AggregatePosterior, log_sum_of_densities
 from .measured import Measured, mean_of
-from .walk import TopDownVAE, seeded
+from .walk import TopDownVAE, evaluating, from_posterior, seeded
 
 # %% ../nbs/theory/13_overlapping.ipynb #ov000007
 def decoder_weights(q: AggregatePosterior, z: Tensor) -> Tensor:
@@ -82,6 +82,27 @@ def active_units(q: AggregatePosterior, threshold: float = 0.01) -> Tensor:
     with torch.no_grad(), seeded(torch.Generator().manual_seed(0)):
         means, noise = map(torch.cat, zip(*map(_mean_of_law, q.posteriors)))
     return means.var(0, correction=0) - noise.mean(0) > threshold
+
+# %% ../nbs/theory/13_overlapping.ipynb #ccd13844
+def active_units_by_group(vae: TopDownVAE, x: Tensor, draws: int, threshold: float = 0.01) -> list[Tensor]:
+    """`active_units` of each group of a hierarchy, in the order of the walk: [*latent_shapes[k]] each, bool.
+
+    x: [N, *image], 1,000 at a time. draws: walks an image from the posterior, at least 2, of a seed of their
+    own; the noise of their mean is taken off. ValueError where draws is less."""
+    if draws < 2:
+        raise ValueError(f"active_units_by_group: draws must be at least 2, got {draws}")
+    found = []
+    with evaluating(vae), torch.no_grad(), seeded(torch.Generator().manual_seed(0)):
+        for part in x.split(1000):
+            evidence = vae.encode(part)
+            walks = [vae.walk(from_posterior(), evidence=evidence).latents for _ in range(draws)]
+            each = [torch.stack(group) for group in zip(*walks)]                   # [draws, b, *shape]
+            found.append([(rows.mean(0), rows.var(0) / draws) for rows in each])
+    active = []
+    for parts in zip(*found):
+        means, noise = map(torch.cat, zip(*parts))
+        active.append(means.var(0, correction=0) - noise.mean(0) > threshold)
+    return active
 
 # %% ../nbs/theory/13_overlapping.ipynb #ov000024
 def marginal_kl(q: AggregatePosterior, draws: int, log_ratio: Callable[[list[Tensor]], Tensor] | None = None,

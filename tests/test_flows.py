@@ -11,6 +11,7 @@ from ncp_vae.engine.evaluate import compare
 from ncp_vae.engine.train import fit, fit_ncp, fit_vae
 from ncp_vae.flows import FlowLaw, FlowMatching, MatchingLoss, RealNVP
 from ncp_vae.models.hierarchical import DenseHierarchy
+from ncp_vae.models.shallow import ShallowConfig, ShallowVAE
 from ncp_vae.sampling import HMC, MALA, SIR, JointMALA
 from ncp_vae.walk import FlatVAE, WithPriors, diagonal_normal
 
@@ -75,7 +76,7 @@ def test_flow_matching_is_trained_by_the_librarys_loop():
     assert (z.mean(0) - MEAN / 1.25).abs().max() < 0.1          # five errors of a mean of 4,000 draws, and the fit's own
 
 
-@pytest.mark.parametrize("law", [lambda: RealNVP(3, 2, 8), lambda: FlowMatching(3, 8)])
+@pytest.mark.parametrize("law", [lambda: RealNVP(3, 2, 8), lambda: RealNVP(3, 2, 8, pure=True), lambda: FlowMatching(3, 8)])
 def test_a_hierarchy_with_flows_is_stored_and_read_to_the_bit(tmp_path, law):
     torch.manual_seed(0)
     vae = DenseHierarchy((1, 4, 4), groups=2, latent_dim=3, hidden=8, width=8)
@@ -176,3 +177,32 @@ def test_correlated_latents_need_the_dense_layer():
         optimizer.step()
         optimizer.zero_grad()
     assert divergence(q, law.eval()) < 0.02
+
+
+@pytest.mark.parametrize("shape, blocks", [((5,), 3), ((4, 3, 3), 2)])
+def test_couplings_alone_are_a_law_too(shape, blocks):
+    """Table B.4: nothing but couplings that meet the halves in turn, so that two of them move every number. Both directions agree, and log |det|
+    with autograd; in float64."""
+    torch.manual_seed(0)
+    law = RealNVP(shape, blocks, 8, pure=True).double()
+    assert {type(layer).__name__ for layer in law.layers} == {"Reversed", "Coupling"}
+    with torch.no_grad():
+        for parameter in law.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    z = torch.randn(4, *shape, dtype=torch.float64)
+    w, log_det = law.transform(z)
+    back, same = law.inverse(w)
+    jacobian = torch.autograd.functional.jacobian(lambda z: law.transform(z[None])[0][0], z[0]).reshape(z[0].numel(), -1)
+    assert torch.allclose(back, z, atol=1e-10) and torch.allclose(log_det, same, atol=1e-10)
+    assert abs(log_det[0] - torch.linalg.slogdet(jacobian)[1]) < 1e-10
+    assert not ((jacobian == 0) | (jacobian == 1)).all(1).any()
+
+
+def test_couplings_alone_in_a_posterior_are_stored(tmp_path):
+    torch.manual_seed(0)
+    vae = ShallowVAE(ShallowConfig("dense", (1, 8, 8), 4, posterior_blocks=2, posterior_hidden=4, posterior_pure=True, width=0.05)).eval()
+    assert len(vae.flow.layers) == 4
+    x = torch.rand(10, 1, 8, 8).round()
+    loaded = store.load(store.save(vae, tmp_path / "model"))
+    with torch.no_grad():
+        assert torch.equal(elbo(loaded, x, rng()).elbo, elbo(vae, x, rng()).elbo)

@@ -10,7 +10,7 @@ from ncp_vae import holes
 from ncp_vae.bound import elbo, iwae
 from ncp_vae.flows import FlowLaw, RealNVP
 from ncp_vae.holes import AggregatePosterior
-from ncp_vae.overlap import active_units, closest_pairs, decoder_weights, four_terms, marginal_kl
+from ncp_vae.overlap import active_units, active_units_by_group, closest_pairs, decoder_weights, four_terms, marginal_kl
 from ncp_vae.prior import NoiseContrastivePrior
 from ncp_vae.walk import diagonal_normal
 
@@ -101,6 +101,20 @@ def test_the_noise_of_drawn_means_is_not_taken_for_activity():
     order = flow.inverse(torch.tensor([[1.0, 0.0]]))[0][0].abs() < 0.5          # where the first coordinate of the noise ends up
     q = elsewhere(lambda x: FlowLaw(diagonal_normal(x, torch.full_like(x, 4.0)), flow), x)
     assert torch.equal(active_units(q), order) and order.sum() == 1
+
+
+def test_groups_of_a_hierarchy_have_active_units_of_their_own(monkeypatch):
+    """z_2 takes half of z_1 and the image takes it back: given z_1 its mean follows the image, on average over the walks it does not. A mean
+    of 5 draws varies by .04, above the threshold; over 2,000 images that is known to .001. In parts of images, and without touching the
+    global stream."""
+    x = torch.randn(2000, 1, generator=rng(0)) @ torch.tensor([[1.0, -0.5, 0.5]])
+    vae = Ladder(laws=[Rung(*each) for each in RUNGS], by_image=0.5)
+    state = torch.get_rng_state()
+    assert [units.tolist() for units in active_units_by_group(vae, x, 5)] == [[True], [False], [True]]
+    assert torch.equal(state, torch.get_rng_state())
+    assert [units.tolist() for units in active_units_by_group(vae, x, 5, threshold=0.5)] == [[True], [False], [False]]
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        active_units_by_group(vae, x, 1)
 
 
 # ---- the best decoder -----------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class ShallowConfig(PlainConfig):
     min_log_std: float = -11.0                        # floor of the posterior's log standard deviation
     posterior_blocks: int = 0                         # of the posterior's RealNVP; 0: it has none
     posterior_hidden: int = 256                       # units of each of their couplings
+    posterior_pure: bool = False                      # couplings alone, as in `RealNVP`
     width: float = 1.0                                # units and channels, as a share of the paper's
 
     def __post_init__(self):
@@ -240,7 +241,8 @@ class ShallowVAE(FlatVAE):
             self.pixels = _PixelNet(config.image_shape[0], config.scaled(32))
         self.flow = None
         if config.posterior_blocks:
-            self.flow = RealNVP(config.latent_dim, config.posterior_blocks, config.posterior_hidden)
+            self.flow = RealNVP(config.latent_dim, config.posterior_blocks, config.posterior_hidden,
+                                config.posterior_pure)
 
     def posterior(self, x: Tensor) -> Distribution:
         features = self.encoder(check_shape(x, self.config.image_shape))
