@@ -49,6 +49,15 @@ def test_a_config_goes_through_json_and_an_unknown_key_is_refused():
         ShallowConfig.from_dict(once.to_dict() | dict(depth=3))
 
 
+def test_a_field_that_came_later_is_left_out_at_its_default():
+    "So what was stored before reads as what it was, and a checkpoint of then is of the same training."
+    before, pure = ShallowConfig("dense").to_dict(), ShallowConfig("dense", posterior_pure=True).to_dict()
+    assert set(pure) - set(before) == {"posterior_pure"}
+    assert not ShallowConfig.from_dict(before).posterior_pure and ShallowConfig.from_dict(pure).posterior_pure
+    with pytest.raises(ValueError, match=r"missing keys \['width'\]"):
+        ShallowConfig.from_dict({name: value for name, value in before.items() if name != "width"})
+
+
 @pytest.mark.parametrize("wrong, words", [
     (dict(kind="deep"), "kind must be one of .*'deep'"), (dict(kind="conv", image_shape=(1, 30, 28)), "divisible by 4, got 30 x 28"),
     (dict(kind="resnet", image_shape=(1, 28, 27)), "divisible by 4, got 28 x 27"), (dict(image_shape=(8, 8)), "image_shape must be"),

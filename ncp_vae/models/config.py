@@ -7,23 +7,28 @@ __all__ = []
 
 # %% ../../nbs/models/config.ipynb #636771d2
 import inspect
-from dataclasses import asdict, fields
+from dataclasses import asdict, field, fields
 from functools import wraps
 
 # %% ../../nbs/models/config.ipynb #291e36aa
+def later(default):
+    "A field of a `PlainConfig` whose class was there before it."
+    return field(default=default, metadata={"later": True})
+
 class PlainConfig:
     "A frozen dataclass of plain values: to a dict that JSON can hold, and back."
 
     def to_dict(self) -> dict:
-        "The fields as they are; json.dumps takes it."
-        return asdict(self)
+        "The fields as they are, but for those of `later` at their default; json.dumps takes it."
+        unsaid = {one.name for one in fields(self) if one.metadata and getattr(self, one.name) == one.default}
+        return {name: value for name, value in asdict(self).items() if name not in unsaid}
 
     @classmethod
     def from_dict(cls, values: dict):
         "What `to_dict` gave, also after JSON. ValueError that names keys which are unknown or missing."
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         unknown = sorted(values.keys() - known)
-        missing = sorted(known - values.keys())
+        missing = sorted({one.name for one in fields(cls) if not one.metadata} - values.keys())
         if unknown or missing:
             raise ValueError(f"{cls.__name__}: unknown keys {unknown}, missing keys {missing}; "
                              f"the keys are {sorted(known)}")

@@ -16,7 +16,7 @@ from torch.distributions import Distribution, constraints
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from ..flows import FlowLaw, RealNVP
-from .config import PlainConfig
+from .config import PlainConfig, later
 from .flat import check_shape, mlp
 from .likelihoods import bernoulli
 from ..walk import Chooser, FlatVAE, Step, TopDownVAE, Trace, at_least_float32, diagonal_normal, rows
@@ -31,8 +31,8 @@ class ShallowConfig(PlainConfig):
     min_log_std: float = -11.0                        # floor of the posterior's log standard deviation
     posterior_blocks: int = 0                         # of the posterior's RealNVP; 0: it has none
     posterior_hidden: int = 256                       # units of each of their couplings
-    posterior_pure: bool = False                      # couplings alone, as in `RealNVP`
     width: float = 1.0                                # units and channels, as a share of the paper's
+    posterior_pure: bool = later(False)               # couplings alone, as in `RealNVP`
 
     def __post_init__(self):
         _check_config(self)
