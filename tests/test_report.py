@@ -408,8 +408,8 @@ def test_the_answer_to_whether_the_prior_beats_its_base(gain, spread, answer):
 
 CELLS = {"flows": """run_dir: str = ""
 seed: int = 0                 # [0, inf)
-kind: str = "dense"           # {dense, conv, resnet, pixel, hvae}
-dataset: str = "fashion_mnist"  # {static_mnist, mnist, fashion_mnist, omniglot}
+kind: str = "dense"           # {dense, conv, resnet, pixel, hvae, maps}
+dataset: str = "fashion_mnist"  # {static_mnist, mnist, fashion_mnist, omniglot, cifar10}
 width: float = 1.0            # (0, inf)
 blocks: int = 20              # [1, inf)
 epochs: int = 3               # [1, inf)
@@ -418,6 +418,8 @@ beta: float = 1.0
 min_log_std: float = -11.0
 pure: bool = False
 lr: float = 1e-3
+hidden: int = 256
+binarisations: int = 10
 """, "frozen": """run_dir: str = ""
 seed: int = 0                 # [0, inf)
 dataset: str = "fashion_mnist"  # {mnist, fashion_mnist}
