@@ -121,13 +121,15 @@ def test_priors(command, tmp_path):
 
 
 def test_flows(command, tmp_path):
-    "Every variant of the dense net."
+    "Every variant of the dense net, and every measure of them."
     write_fashion_mnist(tmp_path / "data", 300)
     command("ncp-vae", *full("flows", tmp_path / "run", data_root=tmp_path / "data", epochs=1, flow_epochs=2, iterations=2, hidden=16, blocks=2,
                              validation_images=32, test_images=32, num_samples=2))
     params, metrics = result(tmp_path / "run", "flows")
     assert params["latent_dim"] == 0 and metrics["nll_joint"]["paper"] is None and metrics["nll_joint"]["n"] == 32
-    assert {"gain_posterior", "gain_both", "gain_posthoc", "gain_iterative", "kl_z|x_joint", "au_standard"} <= metrics.keys()
+    assert {"gain_posterior", "gain_both", "gain_posthoc", "gain_iterative", "kl_z|x_joint", "au_standard", "std_iterative", "middle_posthoc",
+            "low_elbo_joint", "kl_above_joint_8", "kl_below_standard_1", "train_seconds_both"} <= metrics.keys()
+    assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} >= {"pairs", "between", "low_posterior", "samples"}
 
 
 def test_rae(command, weights, tmp_path):
