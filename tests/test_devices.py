@@ -261,6 +261,7 @@ MEASURES = {
     "closest pairs": hole(lambda q, z: overlap.closest_pairs(q)), "active units": hole(lambda q, z: overlap.active_units(q)),
     "weights of the best decoder": hole(overlap.decoder_weights), "four terms": lambda vae, x: overlap.four_terms(vae, x, 2, generator=rng()),
     "KL of the aggregate": hole(lambda q, z: overlap.marginal_kl(q, 1, generator=rng())),
+    "active units of groups": lambda vae, x: overlap.active_units_by_group(vae, x, 2),
     "neighbours": of_draws(lambda a, b: nearest(a, b, 2)), "precision": of_draws(precision_recall),
 }
 

@@ -103,7 +103,7 @@ def test_the_noise_of_drawn_means_is_not_taken_for_activity():
     assert torch.equal(active_units(q), order) and order.sum() == 1
 
 
-def test_groups_of_a_hierarchy_have_active_units_of_their_own(monkeypatch):
+def test_groups_of_a_hierarchy_have_active_units_of_their_own():
     """z_2 takes half of z_1 and the image takes it back: given z_1 its mean follows the image, on average over the walks it does not. A mean
     of 5 draws varies by .04, above the threshold; over 2,000 images that is known to .001. In parts of images, and without touching the
     global stream."""
